@@ -1,0 +1,73 @@
+# make serve   install what is missing, then serve the demo checkpoint on the CPU: http://127.0.0.1:8000
+# make serve DEVICE=cuda MODEL=FOLDER   the same on a GPU machine with a checkpoint of yours
+# make test    install what is missing, then every check: lint, types, import contracts, tests
+PYTHON ?= python3
+DEVICE ?= cpu
+MODEL ?= deploy/demo
+HOST ?= 127.0.0.1
+PORT ?= 8000
+VLLM_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SERVE_READY := $(VENV)/.ready-$(DEVICE)
+DEV_READY := $(VENV)/.ready-dev
+
+.PHONY: serve test install build lint types contracts unit format clean
+.DELETE_ON_ERROR:
+
+serve: $(SERVE_READY)
+	$(BIN)/prosparse serve $(MODEL) --host $(HOST) --port $(PORT) -- $(VLLM_FLAGS)
+
+install: $(SERVE_READY)
+
+# Keep pytest last: its summary closes the log.
+test: lint types contracts unit
+
+lint: $(DEV_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV_READY)
+	$(BIN)/mypy
+
+contracts: $(DEV_READY)
+	$(BIN)/lint-imports
+
+unit: $(DEV_READY)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+format: $(DEV_READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Builds the kernels ahead of time; without this the first start does it.
+build: $(SERVE_READY)
+	$(BIN)/prosparse build
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "prosparse: $(PYTHON) is older than Python 3.11. Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready-cpu: requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml | $(BIN)/python
+	@echo "Installing the CPU server into $(VENV) (two to four minutes the first time) …"
+	@requirements/install-torch-cpu $(BIN)/python
+	$(PIP) install --no-deps -r requirements/cpu.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	$(BIN)/prosparse build
+	@touch $@
+
+$(VENV)/.ready-cuda: pyproject.toml | $(BIN)/python
+	@echo "Installing the GPU server into $(VENV) …"
+	$(PIP) install --editable '.[cuda]'
+	$(BIN)/prosparse build
+	@touch $@
+
+$(DEV_READY): requirements/dev.txt $(SERVE_READY)
+	$(PIP) install --no-deps -r requirements/dev.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server around vLLM: settings, app, health, live sparsity, command line."""

@@ -1,0 +1,251 @@
+"""The server's settings: flag over environment (``PROSPARSE_…``) over the file given as ``--config``."""
+
+import argparse
+import os
+import shlex
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from server.cli import nearest
+from sparse_backend.errors import UserError
+
+PREFIX = "PROSPARSE_"
+
+# Environment keys with our prefix that other rooms read; everything else under the prefix must be a setting.
+OTHER_ENVIRONMENT_KEYS = frozenset({"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA"})
+
+# vLLM flags whose place a setting of ours has taken.
+_OUR_FLAGS = {
+    "--model": "model",
+    "--served-model-name": "served_model_name",
+    "--dtype": "dtype",
+    "--host": "host",
+    "--port": "port",
+    "--api-key": "api_key",
+    "--config": "config",
+    "--shutdown-timeout": "drain_timeout",
+    "--additional-config": "ffn_path",
+    "--log-level": "log_level",
+}
+
+# vLLM flags that are refused, with the reason.
+_REFUSED_FLAGS = {
+    "--trust-remote-code": "a checkpoint is data here, code in it is never run; served architectures need none",
+    "--hf-overrides": "the server sets it, to map the checkpoint to its sparse model class",
+    "--worker-extension-cls": "the server sets it, to read the sparsity counters",
+    "--headless": "one `prosparse serve` runs one server",
+    "--api-server-count": "one `prosparse serve` runs one server",
+    "--lora-modules": "the sparse feed-forward layers do not apply LoRA adapters",
+    "--enable-lora": "the sparse feed-forward layers do not apply LoRA adapters",
+}
+
+
+def _split_words(value: object) -> object:
+    return shlex.split(value) if isinstance(value, str) else value
+
+
+def _split_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class Settings(BaseSettings):
+    """Everything ``prosparse serve`` can be told. Each description says what the setting does at its limit."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    model: Path = Field(description="checkpoint folder: config.json, tokenizer, *.safetensors; never downloaded")
+    config: Path | None = Field(None, description="settings file, YAML or TOML; keys are the names of these settings")
+    host: str = Field("127.0.0.1", description="address to listen on; the default is reachable from this machine only")
+    port: int = Field(
+        8000, ge=1, le=65535, description="TCP port to listen on; if it is taken the server does not start"
+    )
+    served_model_name: str | None = Field(
+        None,
+        min_length=1,
+        description="name clients give as `model` (default: the folder's name); any other name is answered 404",
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="number format of weights and activations; auto: the checkpoint's, or bfloat16 for a float16 one",
+    )
+    ffn_path: Literal["auto", "sparse", "dense"] = Field(
+        "auto",
+        description="how feed-forward layers compute: auto takes the sparse path up to the row count where it was"
+        " measured to win on this machine, and the dense path beyond; sparse and dense force one path",
+    )
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+        (),
+        description="key that requests must carry as `Authorization: Bearer KEY`; repeat the flag (commas in the"
+        " environment) for several; without any key everybody is served. A flag is visible in the process list: prefer"
+        " PROSPARSE_API_KEY or --api-key-file",
+    )
+    api_key_file: Path | None = Field(
+        None,
+        description="file with one key per line, in addition to --api-key; empty lines and # comments are skipped",
+    )
+    drain_timeout: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds that running requests get to finish after SIGTERM; then they are cut",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning",
+        description="least severe messages shown, vLLM's included; progress lines are shown at warning and below",
+    )
+    vllm_flags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_words)] = Field(
+        (), description="flags for vLLM's engine; on the command line everything after `--`"
+    )
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if not all(key.get_secret_value().strip() for key in keys):
+            raise ValueError("a key is empty")
+        return keys
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags (as ``init_settings``) over the environment over the file."""
+        config = {**env_settings(), **init_settings()}.get("config")
+        in_file = {} if config is None else _read_file(Path(config))
+        return init_settings, env_settings, InitSettingsSource(settings_cls, in_file)
+
+    @classmethod
+    def load(cls, flags: Mapping[str, Any]) -> Self:
+        """Settings from ``flags`` (only those given), the environment, and the file that either of them names.
+
+        Raises:
+            UserError: a value cannot be used, or the environment or the file has a key that is no setting.
+        """
+        _check_environment()
+        try:
+            settings = cls(**flags)
+        except ValidationError as error:
+            raise UserError(_describe(error, flags)) from None
+        _check_vllm_flags(settings.vllm_flags)
+        return settings
+
+    def api_keys(self) -> list[str]:
+        """All keys, those of ``api_key_file`` included.
+
+        Raises:
+            UserError: the file cannot be read or holds no key.
+        """
+        keys = [key.get_secret_value() for key in self.api_key]
+        if self.api_key_file is None:
+            return keys
+        try:
+            lines = [line.strip() for line in self.api_key_file.read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--api-key-file {self.api_key_file} cannot be read: {error}.") from None
+        in_file = [line for line in lines if line and not line.startswith("#")]
+        if not in_file:
+            raise UserError(
+                f"--api-key-file {self.api_key_file} holds no key, which would serve everybody. Write one key per"
+                " line, or leave the setting out."
+            )
+        return keys + in_file
+
+
+def flag_of(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return {"model": "MODEL", "vllm_flags": "flags after `--`"}.get(name, "--" + name.replace("_", "-"))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare a flag for each setting. A flag that is not given leaves no trace in the namespace."""
+    for name, field in Settings.model_fields.items():
+        help_text = (field.description or "").replace("%", "%%")
+        if name == "vllm_flags":
+            parser.epilog = f"-- FLAGS: {field.description}"
+            continue
+        if field.default not in (None, ()) and not field.is_required():
+            help_text += f" (default: {field.default})"
+        if name == "model":
+            parser.add_argument(name, nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=help_text)
+        elif name == "api_key":
+            parser.add_argument(
+                flag_of(name), action="append", metavar="KEY", default=argparse.SUPPRESS, help=help_text
+            )
+        else:
+            parser.add_argument(
+                flag_of(name), metavar=name.split("_")[-1].upper(), default=argparse.SUPPRESS, help=help_text
+            )
+
+
+def _check_environment() -> None:
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | OTHER_ENVIRONMENT_KEYS
+    for key in os.environ:
+        if key.upper().startswith(PREFIX) and key.upper() not in known:
+            raise UserError(
+                f"the environment has {key}, which is no setting{nearest(key.upper(), known)}. Unset it;"
+                f" `prosparse serve --help` lists the settings, each of which can be given as {PREFIX}NAME."
+            )
+
+
+def _check_vllm_flags(flags: tuple[str, ...]) -> None:
+    for flag in flags:
+        name = flag.split("=", 1)[0].split(".", 1)[0].replace("_", "-")
+        if name in _OUR_FLAGS:
+            raise UserError(
+                f"{name} after `--` is for us to set: give {flag_of(_OUR_FLAGS[name])} before the `--` instead."
+            )
+        if name in _REFUSED_FLAGS:
+            raise UserError(f"{name} is refused: {_REFUSED_FLAGS[name]}. Leave it out.")
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        if path.suffix == ".toml":
+            content: object = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            content = yaml.safe_load(text)
+        else:
+            raise UserError(f"--config {path}: the name must end in .toml, .yaml or .yml, which says how to read it.")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--config {path} holds {type(content).__name__} where settings as `name: value` were expected."
+        )
+    settings = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for key in settings:
+        if key not in Settings.model_fields or key == "config":
+            raise UserError(
+                f"--config {path} has the key {key!r}, which is no setting{nearest(key, Settings.model_fields)}."
+            )
+    return settings
+
+
+def _describe(error: ValidationError, flags: Mapping[str, Any]) -> str:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"{flag_of(name)} is missing: {Settings.model_fields[name].description}."
+    variable = PREFIX + name.upper()
+    if name in flags:
+        where = flag_of(name)
+    elif variable in os.environ:
+        where = f"{variable} in the environment"
+    else:
+        where = f"{name} in the settings file"
+    given = "" if name == "api_key" else f" {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}{given}: {message}. It means: {Settings.model_fields[name].description}."

@@ -1,0 +1,227 @@
+"""Live sparsity for Prometheus: the workers' counters, read when somebody scrapes, as metrics named ``sparse_…``."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from sparse_backend.vllm_plugin.snapshot import PATHS, KernelRecord, LayerSnapshot, SparsitySnapshot, merge
+
+logger = logging.getLogger(__name__)
+
+# Seconds over which densities are taken: Prometheus's usual scrape interval.
+WINDOW = 15.0
+
+# The engine is asked at most this often (seconds), however many scrape.
+MIN_INTERVAL = 1.0
+
+# Seconds a scrape waits for the engine before it serves the counters of last time.
+TIMEOUT = 2.0
+
+# The same for a readiness probe, which orchestrators by default give up on after one second.
+PROBE_TIMEOUT = 0.5
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Counts of one layer over both paths."""
+
+    rows: int
+    active: int
+    union: int
+    steps: int
+
+    @classmethod
+    def of(cls, layer: LayerSnapshot) -> "_Sums":
+        counts = layer["paths"].values()
+        return cls(
+            rows=sum(path["rows"] for path in counts),
+            active=sum(path["active"] for path in counts),
+            union=sum(path["union"] for path in counts),
+            steps=sum(path["steps"] for path in counts),
+        )
+
+    def __sub__(self, earlier: "_Sums") -> "_Sums":
+        return _Sums(
+            self.rows - earlier.rows,
+            self.active - earlier.active,
+            self.union - earlier.union,
+            self.steps - earlier.steps,
+        )
+
+
+class SparsityTelemetry(Collector):
+    """Keeps recent snapshots of the counters and shows them as metrics.
+
+    Densities are ratios of counter differences between the newest snapshot and the newest one that is at least
+    ``WINDOW`` seconds older (or the oldest there is), so they follow the traffic. A layer that computed no row in
+    between has none.
+    """
+
+    def __init__(
+        self,
+        checkpoint_densities: Sequence[float] | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._checkpoint_densities = checkpoint_densities
+        self._clock = clock
+        self._ask: Callable[[], Awaitable[list[SparsitySnapshot]]] | None = None
+        self._snapshots: deque[tuple[float, SparsitySnapshot]] = deque()
+        self._question: asyncio.Task[None] | None = None
+        self._asked_at = 0.0
+        self._answers = 0
+        self._answer_seconds = 0.0
+        self._failures = 0
+
+    @property
+    def kernel(self) -> KernelRecord:
+        """Which implementation computes the sparse path; known once ``start`` has returned."""
+        return self._snapshots[-1][1]["kernel"]
+
+    async def start(self, ask: Callable[[], Awaitable[list[SparsitySnapshot]]]) -> None:
+        """Take the first snapshot, from which densities are counted.
+
+        Args:
+            ask: returns each worker's snapshot.
+
+        Raises:
+            Exception: whatever ``ask`` raises.
+        """
+        self._ask = ask
+        self._asked_at = self._clock()
+        self._record(await ask())
+
+    async def refresh(self) -> None:
+        """Bring the counters up to date; an engine silent for ``TIMEOUT`` seconds leaves those of last time."""
+        if not await self._answered(TIMEOUT):
+            self._failures += 1
+
+    async def unanswered(self) -> float:
+        """Ask the engine for a sign of life; returns for how many seconds it has owed an answer, 0 if it gave one."""
+        return 0.0 if await self._answered(PROBE_TIMEOUT) else self._clock() - self._asked_at
+
+    async def _answered(self, patience: float) -> bool:
+        """Ask, unless the last answer is recent, and wait ``patience`` seconds; False if an answer is still owed.
+
+        One question is out at a time: a hung engine is asked once, and every caller waits for that answer.
+        """
+        if self._ask is None:
+            return True
+        if self._question is None:
+            if self._clock() - self._asked_at < MIN_INTERVAL:
+                return True
+            self._asked_at = self._clock()
+            self._question = asyncio.create_task(self._fetch(self._ask))
+        done, _ = await asyncio.wait({self._question}, timeout=patience)
+        return bool(done)
+
+    async def _fetch(self, ask: Callable[[], Awaitable[list[SparsitySnapshot]]]) -> None:
+        try:
+            self._record(await ask())
+        except Exception:
+            # Whatever went wrong in the engine, a scrape must still be answered; the counter and /readyz tell of it.
+            self._failures += 1
+            logger.warning("the sparsity counters could not be read", exc_info=True)
+        finally:
+            self._question = None
+
+    def _record(self, snapshots: list[SparsitySnapshot]) -> None:
+        now = self._clock()
+        self._answers += 1
+        self._answer_seconds += now - self._asked_at
+        self._snapshots.append((now, merge(snapshots)))
+        while len(self._snapshots) > 1 and self._snapshots[1][0] <= now - WINDOW:
+            self._snapshots.popleft()
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics, from what is known now; asks nobody."""
+        yield SummaryMetricFamily(
+            "sparse_snapshot_seconds",
+            "Time the engine took to answer with its sparsity counters.",
+            count_value=self._answers,
+            sum_value=self._answer_seconds,
+        )
+        yield CounterMetricFamily(
+            "sparse_snapshot_failures", "Scrapes for which the engine gave no counters in time.", value=self._failures
+        )
+        yield _per_layer(
+            "sparse_checkpoint_density",
+            "Share of active neurons on held-out text when the checkpoint was made, from its manifest.",
+            ((str(layer), density) for layer, density in enumerate(self._checkpoint_densities or ())),
+        )
+        if not self._snapshots:
+            return
+        latest = self._snapshots[-1][1]
+        kernel = latest["kernel"]
+        yield InfoMetricFamily(
+            "sparse_kernel",
+            "Implementation of the sparse path; the reason is empty unless the slow reference is in use.",
+            value={"name": kernel["name"], "isa": kernel["isa"], "reason": kernel["reason"]},
+        )
+        yield _per_layer(
+            "sparse_ffn_neurons",
+            "Neurons (d_ff) of the layer.",
+            ((layer["layer"], layer["d_ff"]) for layer in latest["layers"]),
+        )
+        yield from _counters(latest)
+        yield from self._densities(latest)
+
+    def _densities(self, latest: SparsitySnapshot) -> Iterator[Metric]:
+        density: list[tuple[str, float]] = []
+        union_density: list[tuple[str, float]] = []
+        base_time, base = self._snapshots[0]
+        # If the engine has stopped answering, old densities would look like live ones.
+        if self._clock() - self._snapshots[-1][0] <= WINDOW and base_time < self._snapshots[-1][0]:
+            for before, now in zip(base["layers"], latest["layers"], strict=True):
+                delta = _Sums.of(now) - _Sums.of(before)
+                if delta.rows > 0:
+                    density.append((now["layer"], delta.active / (delta.rows * now["d_ff"])))
+                    union_density.append((now["layer"], delta.union / (delta.steps * now["d_ff"])))
+        yield _per_layer(
+            "sparse_ffn_density",
+            "Share of neurons active per token row, over the last scrape interval; absent at rest.",
+            density,
+        )
+        yield _per_layer(
+            "sparse_ffn_union_density",
+            "Share of neurons active for at least one row of a step, over the last scrape interval; absent at rest.",
+            union_density,
+        )
+
+
+def _per_layer(name: str, documentation: str, values: Iterable[tuple[str, float]]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, documentation, labels=["layer"])
+    for layer, value in values:
+        family.add_metric([layer], value)
+    return family
+
+
+def _counters(snapshot: SparsitySnapshot) -> Iterator[Metric]:
+    rows = CounterMetricFamily("sparse_ffn_rows", "Token rows computed.", labels=["layer", "path"])
+    active = CounterMetricFamily(
+        "sparse_ffn_active_neurons", "Active neurons, summed over rows.", labels=["layer", "path"]
+    )
+    union = CounterMetricFamily(
+        "sparse_ffn_union_neurons",
+        "Neurons active for at least one row, summed over engine steps.",
+        labels=["layer", "path"],
+    )
+    steps = CounterMetricFamily(
+        "sparse_ffn_steps", "Engine steps that computed at least one row.", labels=["layer", "path"]
+    )
+    for layer in snapshot["layers"]:
+        for path in PATHS:
+            counts = layer["paths"][path]
+            labels = [layer["layer"], path]
+            rows.add_metric(labels, counts["rows"])
+            active.add_metric(labels, counts["active"])
+            union.add_metric(labels, counts["union"])
+            steps.add_metric(labels, counts["steps"])
+    return iter((rows, active, union, steps))

@@ -1,0 +1,69 @@
+"""Which activation a checkpoint's gated feed-forward layers use, read from its Hugging Face config."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sparse_backend.errors import UserError
+
+# Names under which Hugging Face configs spell the dense activations a user is most likely to bring.
+_DENSE_NAMES = {"silu": "Swish (SiLU)", "swish": "Swish (SiLU)", "gelu": "GELU", "gelu_new": "GELU", "gelu_pytorch_tanh": "GELU"}
+
+
+class Activation(BaseModel):
+    """The gate's activation: a gate value g passes unchanged where g > threshold and is 0 elsewhere.
+
+    ReLU is threshold 0. FATReLU (Kurtz et al. 2020; ProSparse, arXiv 2402.13516, eq. 3) has a positive threshold. The
+    comparison is strict and in float32, as in vLLM's FatreluAndMul; the paper writes >=, its published kernel does what we do.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["relu", "fatrelu"]
+    threshold: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read ``hidden_act`` and ``hidden_act_param`` from a Hugging Face ``config.json``.
+
+        Raises:
+            UserError: the activation is dense or unknown, or the FATReLU threshold is missing, negative, NaN or infinite.
+        """
+        name = config.get("hidden_act")
+        if name == "relu":
+            return cls(kind="relu")
+        if name == "fatrelu":
+            threshold = config.get("hidden_act_param")
+            if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+                raise UserError(
+                    f"hidden_act is 'fatrelu' but hidden_act_param is {threshold!r}. It must be the activation threshold, a number"
+                    " of 0 or more (ProSparse-7B has 0.01): set it in config.json."
+                )
+            if not math.isfinite(threshold) or threshold < 0:
+                raise UserError(
+                    f"hidden_act_param is {threshold}, which is no usable FATReLU threshold. It must be a finite number of 0 or"
+                    " more (ProSparse-7B has 0.01): set it in config.json."
+                )
+            return cls(kind="fatrelu", threshold=float(threshold))
+        if isinstance(name, str) and name in _DENSE_NAMES:
+            raise UserError(
+                f"This model's activation is {_DENSE_NAMES[name]} (hidden_act: {name!r}), so no neuron is ever inactive and there"
+                " is nothing to skip. Turn it into a ProSparse checkpoint first with the offline job"
+                " `prosparse sparsify MODEL OUTPUT`, or serve it with plain vLLM."
+            )
+        raise UserError(
+            f"hidden_act is {name!r}; this server computes 'relu' and 'fatrelu' (with hidden_act_param, the threshold)."
+            " Set it in config.json if the model was trained with one of them, or make such a model with the offline job"
+            " `prosparse sparsify MODEL OUTPUT`."
+        )
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The two config fields that ``from_hf_config`` reads."""
+        if self.kind == "relu":
+            return {"hidden_act": "relu"}
+        return {"hidden_act": "fatrelu", "hidden_act_param": self.threshold}
+
+    def __str__(self) -> str:
+        return "ReLU" if self.kind == "relu" else f"FATReLU (threshold {self.threshold:g})"

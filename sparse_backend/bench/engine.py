@@ -1,0 +1,175 @@
+"""A vLLM engine in a process of its own, so that two of them (one per path) can be measured or compared side by side."""
+
+import multiprocessing
+import os
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Self
+
+from sparse_backend.bench.recording import LayerRecount
+from sparse_backend.checkpoint import MODEL_CLASS, Checkpoint
+from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
+
+KV_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt continued with."""
+
+    tokens: list[int]
+    top_logprobs: list[list[float]]
+    """Per generated token, the log-probabilities of the two most likely tokens, highest first; empty unless asked for."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is set up; everything else is vLLM's default."""
+
+    ffn_path: str
+    dtype: str = "auto"
+    eager: bool = False
+    max_num_seqs: int = 64
+    stock: bool = False
+    """Run vLLM's own LLaMA class with Swish on the same weights: other text, the same shapes, vLLM's own dense kernels."""
+
+
+class Engine:
+    """Handle on the process; a context manager that ends it.
+
+    Raises (from every method): RuntimeError with the traceback of the other process if it failed there.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, str(checkpoint.folder), options), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def wait_ready(self) -> None:
+        """Return once the model is loaded and compiled."""
+        self._receive()
+
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int, *, top_logprobs: bool = False
+    ) -> tuple[list[Generation], float]:
+        """Continue token-id prompts greedily, all at once, for exactly ``max_tokens``; also the seconds it took."""
+        return self._call("generate", prompts, max_tokens, top_logprobs)
+
+    def snapshot(self, *, reset: bool = False) -> SparsitySnapshot:
+        """The layers' counters; ``reset`` sets them to zero afterwards."""
+        return self._call("snapshot", reset)
+
+    def start_recording(self) -> None:
+        """Keep what the feed-forward layers are given from now on. Needs an eager engine."""
+        self._call("start_recording")
+
+    def stop_recording(self) -> list[LayerRecount]:
+        """Stop, and return what was recorded, counted again."""
+        return self._call("stop_recording")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        self._connection.send((method, arguments))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            failed, value = self._connection.recv()
+        except EOFError:
+            self._process.join(5)
+            raise RuntimeError(f"the engine process ended with exit code {self._process.exitcode}") from None
+        if failed:
+            raise RuntimeError(f"in the engine process:\n{value}")
+        return value
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+        self._process.join(20)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+class _EngineServer:
+    """The other side: runs in the spawned process, owns the vLLM engine."""
+
+    def __init__(self, folder: str, options: EngineOptions) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        overrides = (
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+            if options.stock
+            else {"architectures": [MODEL_CLASS]}
+        )
+        self._llm = LLM(
+            model=folder,
+            dtype=options.dtype,
+            enforce_eager=options.eager,
+            hf_overrides=overrides,
+            additional_config={"prosparse": {"ffn_path": options.ffn_path}},
+            worker_extension_cls="sparse_backend.bench.recording.RecordingWorkerExtension",
+            max_num_seqs=options.max_num_seqs,
+            kv_cache_memory_bytes=KV_CACHE_BYTES,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            seed=0,
+        )
+        self._llm.collective_rpc("sparsity_reset")
+
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int, top_logprobs: bool
+    ) -> tuple[list[Generation], float]:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=2 if top_logprobs else None
+        )
+        start = time.perf_counter()
+        outputs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        generations = []
+        for output in outputs:
+            completion = output.outputs[0]
+            top = [sorted((entry.logprob for entry in step.values()), reverse=True)[:2] for step in completion.logprobs or []]
+            generations.append(Generation(list(completion.token_ids), top))
+        return generations, seconds
+
+    def snapshot(self, reset: bool) -> SparsitySnapshot:
+        snapshot: SparsitySnapshot = self._llm.collective_rpc("sparsity_snapshot")[0]
+        if reset:
+            self._llm.collective_rpc("sparsity_reset")
+        return snapshot
+
+    def start_recording(self) -> None:
+        self._llm.collective_rpc("start_recording")
+
+    def stop_recording(self) -> list[LayerRecount]:
+        return self._llm.collective_rpc("stop_recording")[0]
+
+
+def _serve(connection: Connection, folder: str, options: EngineOptions) -> None:
+    try:
+        server = _EngineServer(folder, options)
+        connection.send((False, None))
+    except BaseException:
+        connection.send((True, traceback.format_exc()))
+        return
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((False, getattr(server, method)(*arguments)))
+        except Exception:
+            connection.send((True, traceback.format_exc()))

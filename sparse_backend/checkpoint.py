@@ -1,0 +1,257 @@
+"""The checkpoint folder: a plain Hugging Face folder, plus our manifest ``prosparse.json`` where the offline job made it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from sparse_backend.activation import Activation
+from sparse_backend.errors import UserError
+
+MANIFEST_NAME = "prosparse.json"
+
+# Architectures in config.json that our sparse LLaMA model class computes.
+LLAMA_ARCHITECTURES = ("SparseLlamaForCausalLM", "LlamaForCausalLM")
+MODEL_CLASS = "SparseLlamaForCausalLM"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusRecord(_Record):
+    """The text a checkpoint was trained and measured on."""
+
+    name: str
+    sha256: str = Field(description="SHA-256 over all documents, training and held-out, in order")
+    documents: int
+    held_out_documents: int
+    train_tokens: int = Field(description="tokens in the training split, each counted once")
+    held_out_tokens: int
+
+
+class PhaseRecord(_Record):
+    """One phase of the offline job as it ran."""
+
+    name: str
+    steps: int
+    tokens: int
+    seconds: float
+    settings: dict[str, Any] = Field(description="every setting of the phase, with its value")
+
+
+class HeldOutRecord(_Record):
+    """What was measured on the held-out documents with the finished checkpoint."""
+
+    tokens: int
+    loss: float = Field(description="mean next-token cross-entropy, nats")
+    base_loss: float = Field(description="the same for the model the job started from")
+    sparsity: float = Field(description="exact zeros in relu(gate)*up, mean over tokens, neurons and layers", ge=0, le=1)
+
+
+class LayerRecord(_Record):
+    """One feed-forward layer, measured on the held-out documents."""
+
+    layer: int
+    sparsity: float = Field(ge=0, le=1)
+    neuron_frequency: list[float] = Field(description="per neuron, share of held-out tokens for which it is active")
+
+
+class Manifest(_Record):
+    """``prosparse.json``: how the checkpoint was made, what it measured, and the SHA-256 of each of its files."""
+
+    format_version: Literal[1] = 1
+    command: str = Field(description="the command line that made the checkpoint")
+    architecture: str
+    activation: Activation
+    base_activation: str = Field(description="hidden_act of the model the job started from")
+    corpus: CorpusRecord
+    phases: list[PhaseRecord]
+    seed: int
+    versions: dict[str, str]
+    device: str
+    held_out: HeldOutRecord
+    layers: list[LayerRecord]
+    files: dict[str, str] = Field(description="SHA-256 of every other file of the folder that is loaded, by name")
+
+    def write(self, folder: Path) -> None:
+        """Write ``prosparse.json`` into ``folder``; a reader sees the old file or the new one, never a part."""
+        temporary = folder / (MANIFEST_NAME + ".tmp")
+        temporary.write_text(self.model_dump_json(indent=1) + "\n")
+        temporary.replace(folder / MANIFEST_NAME)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint folder that a loader reads: weights, configs, tokenizer; not the manifest."""
+    loaded = [
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix in {".safetensors", ".json", ".model", ".jinja"} and path.name != MANIFEST_NAME
+    ]
+    return {path.name: sha256_of(path) for path in sorted(loaded)}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder that passed every check a loader would otherwise trip over."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    activation: Activation
+    shards: Sequence[Path]
+    manifest: Manifest | None
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], *, verify: bool = True) -> Self:
+        """Check a folder and read what it says of itself; no tensor is loaded.
+
+        Args:
+            folder: a local Hugging Face folder: config.json, tokenizer, safetensors shards.
+            verify: compare every file with its SHA-256 in the manifest, where there is a manifest.
+
+        Raises:
+            UserError: the folder is no such checkpoint; the text names the file or field at fault.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise UserError(
+                f"MODEL {str(folder)!r} is not a folder on this machine. Give the path of a checkpoint folder (config.json,"
+                " tokenizer, *.safetensors); models are never downloaded."
+            )
+        config = _read_json(path, "config.json", "It is not a Hugging Face checkpoint folder; give the folder that holds it.")
+        _check_architecture(path, config)
+        activation = Activation.from_hf_config(config)
+        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+            raise UserError(
+                f"{path} holds no tokenizer ({' or '.join(_TOKENIZER_FILES)}). Copy the tokenizer files of the model it was"
+                " trained from into the folder."
+            )
+        shards = _find_shards(path)
+        checkpoint = cls(path, config, activation, shards, _read_manifest(path))
+        if verify:
+            checkpoint._verify()
+        return checkpoint
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers, each with one feed-forward layer."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence the model was made for, in tokens."""
+        return int(self.config["max_position_embeddings"])
+
+    @property
+    def layer_densities(self) -> list[float] | None:
+        """Per layer, the share of active neurons measured when the checkpoint was made; None without a manifest."""
+        if self.manifest is None:
+            return None
+        return [1.0 - layer.sparsity for layer in self.manifest.layers]
+
+    def _verify(self) -> None:
+        manifest = self.manifest
+        if manifest is None:
+            return
+        where = self.folder / MANIFEST_NAME
+        if manifest.activation != self.activation:
+            raise UserError(
+                f"{where} says the activation is {manifest.activation}, config.json says {self.activation}. One of them was edited"
+                " after the checkpoint was made: restore it, or delete the manifest if you mean the change."
+            )
+        if len(manifest.layers) != self.n_layers:
+            raise UserError(f"{where} lists {len(manifest.layers)} layers, config.json has num_hidden_layers {self.n_layers}.")
+        unlisted = [shard.name for shard in self.shards if shard.name not in manifest.files]
+        if unlisted:
+            raise UserError(f"{where} has no SHA-256 for {', '.join(unlisted)}: the folder and its manifest do not belong together.")
+        for name, expected in manifest.files.items():
+            if Path(name).name != name:
+                raise UserError(f"{where} names the file {name!r}, which is not directly inside the folder.")
+            file = self.folder / name
+            if not file.is_file():
+                raise UserError(f"{where} lists {name}, which is missing from the folder. Copy the checkpoint again.")
+            found = sha256_of(file)
+            if found != expected:
+                raise UserError(
+                    f"{file} is not the file the manifest was written for: its SHA-256 is {found[:16]}…, {MANIFEST_NAME} says"
+                    f" {expected[:16]}…. Copy the checkpoint again, or delete {MANIFEST_NAME} if you changed the file on purpose."
+                )
+
+
+def _read_json(folder: Path, name: str, advice: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{folder} has no {name}. {advice}")
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}. Copy the checkpoint again.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__} where an object was expected. Copy the checkpoint again.")
+    return value
+
+
+def _check_architecture(folder: Path, config: Mapping[str, Any]) -> None:
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or architectures[0] not in LLAMA_ARCHITECTURES:
+        raise UserError(
+            f"{folder / 'config.json'} names the architecture {architectures!r}; served are {', '.join(LLAMA_ARCHITECTURES)}."
+        )
+    for field in ("num_hidden_layers", "hidden_size", "intermediate_size", "max_position_embeddings"):
+        if not isinstance(config.get(field), int) or config[field] <= 0:
+            raise UserError(f"{folder / 'config.json'}: {field} is {config.get(field)!r}; it must be a positive integer.")
+    if config.get("mlp_bias"):
+        raise UserError(f"{folder / 'config.json'}: mlp_bias is set; feed-forward layers with biases are not supported.")
+
+
+def _find_shards(folder: Path) -> list[Path]:
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(pattern))
+        found = f" It has {', '.join(others)}: only safetensors are loaded, since other formats can run code." if others else ""
+        raise UserError(f"{folder} holds no *.safetensors weights.{found} Convert or copy the weights as safetensors.")
+    index_path = folder / "model.safetensors.index.json"
+    if index_path.is_file():
+        weight_map = _read_json(folder, index_path.name, "").get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index_path} has no weight_map. Copy the checkpoint again.")
+        missing = sorted({str(name) for name in weight_map.values()} - {shard.name for shard in shards})
+        if missing:
+            raise UserError(f"{index_path} lists {', '.join(missing)}, missing from the folder. Copy the checkpoint again.")
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{shard} is not a complete safetensors file ({error}). Copy the checkpoint again.") from None
+    return shards
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        return None
+    content = _read_json(folder, MANIFEST_NAME, "")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{path} is not a manifest of this version: {field}: {first['msg']}. Restore the file the offline job wrote, or delete"
+            " it to load the folder without one."
+        ) from None

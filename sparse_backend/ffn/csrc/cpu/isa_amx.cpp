@@ -1,0 +1,7 @@
+#include "gated_ffn.h"
+#include "isa.h"
+#include "traits_amx.h"
+
+namespace prosparse::cpu {
+constexpr Kernels kAmxKernels = make_kernels<AmxBf16, Avx512Float>("amx");
+}  // namespace prosparse::cpu

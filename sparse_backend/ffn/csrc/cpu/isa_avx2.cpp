@@ -1,0 +1,7 @@
+#include "gated_ffn.h"
+#include "isa.h"
+#include "traits_avx2.h"
+
+namespace prosparse::cpu {
+constexpr Kernels kAvx2Kernels = make_kernels<Avx2WidenedBf16, Avx2Float>("avx2");
+}  // namespace prosparse::cpu

@@ -1,0 +1,7 @@
+#include "gated_ffn.h"
+#include "isa.h"
+#include "traits_avx512.h"
+
+namespace prosparse::cpu {
+constexpr Kernels kAvx512Bf16Kernels = make_kernels<Avx512Bf16, Avx512Float>("avx512_bf16");
+}  // namespace prosparse::cpu

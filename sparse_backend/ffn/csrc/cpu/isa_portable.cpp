@@ -1,0 +1,7 @@
+#include "gated_ffn.h"
+#include "isa.h"
+#include "traits_portable.h"
+
+namespace prosparse::cpu {
+constexpr Kernels kPortableKernels = make_kernels<Portable<uint16_t>, Portable<float>>("portable");
+}  // namespace prosparse::cpu

@@ -1,0 +1,130 @@
+"""The op ``prosparse::sparse_gated_ffn`` for torch: schema, shapes under torch.compile, and its implementation on the CPU."""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from sparse_backend.ffn import native, reference
+from sparse_backend.ffn.counters import SHAPE
+
+_SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
+_ALIGNMENT = 16
+
+# Kept alive: dropping the library would take the ops away.
+_library = torch.library.Library("prosparse", "DEF")
+_library.define(
+    "sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, float threshold, Tensor(a!) counters, int max_sparse_rows) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_library.define(
+    "sparse_gate(Tensor x, Tensor gate_up) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+)
+
+
+def sparse_gated_ffn(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down_t: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    max_sparse_rows: int,
+) -> torch.Tensor:
+    """The gated feed-forward layer: y = (gate * active * up) @ down_t, gate and up = x @ gate_up^T.
+
+    A neuron is active where float32(gate) > float32(threshold) or gate is NaN. Up to ``max_sparse_rows`` rows take the sparse path,
+    which reads the up and down rows of active neurons only and accumulates in float32; more take dense matmuls in the dtype of x.
+    Both give the same result up to rounding, and deterministically so for one number of threads. Weights must be finite: the
+    sparse path does not look at those of neurons that no row activates.
+
+    Args:
+        x: [rows, d_model], bfloat16 or float32; any number of rows, also none.
+        gate_up: [2 * d_ff, d_model], the dtype of x: gate rows, then up rows, one per neuron.
+        down_t: [d_ff, d_model], the dtype of x: the transposed down projection.
+        threshold: 0 or more; 0 is ReLU, more is FATReLU.
+        counters: int64 [2, 4], see ``sparse_backend.ffn.counters``; this call is added to it.
+        max_sparse_rows: 0 always takes the dense path.
+
+    d_model and d_ff are multiples of 8; all tensors are contiguous and start at a multiple of 16 bytes.
+
+    Raises:
+        RuntimeError: a tensor has another dtype, shape or layout; the message names it.
+    """
+    return torch.ops.prosparse.sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows)
+
+
+def gate_values(x: torch.Tensor, gate_up: torch.Tensor, max_sparse_rows: int) -> torch.Tensor:
+    """The very gate values [rows, d_ff] that ``sparse_gated_ffn`` compares with the threshold, by the same code.
+
+    float32 on the sparse path; the dtype of x on the dense path, which rounds them.
+    """
+    if native.load() and x.shape[0] <= max_sparse_rows:
+        return torch.ops.prosparse.sparse_gate(x, gate_up)
+    return F.linear(x, gate_up)[:, : gate_up.shape[0] // 2]
+
+
+@torch.library.register_fake("prosparse::sparse_gated_ffn", lib=_library)
+def _(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down_t: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    max_sparse_rows: int,
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("prosparse::sparse_gate", lib=_library)
+def _(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((x.shape[0], gate_up.shape[0] // 2), dtype=torch.float32)
+
+
+def _reference_gated_ffn(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down_t: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    max_sparse_rows: int,
+) -> torch.Tensor:
+    """What runs without the native library: dense whatever ``max_sparse_rows`` says."""
+    check_arguments(x, gate_up, down_t, threshold, counters)
+    return reference.dense_gated_ffn(x, gate_up, down_t, threshold, counters)
+
+
+def check_arguments(
+    x: torch.Tensor, gate_up: torch.Tensor, down_t: torch.Tensor, threshold: float, counters: torch.Tensor
+) -> None:
+    """Refuse what bindings.cpp refuses, in the same words, so that the reference takes nothing the kernels would not."""
+
+    def check(condition: bool, message: str) -> None:
+        if not condition:
+            raise RuntimeError(message)
+
+    check(x.dtype in _SUPPORTED_DTYPES, "x must be bfloat16 or float32")
+    for name, tensor in (("x", x), ("gate_up", gate_up), ("down_t", down_t)):
+        check(tensor.dim() == 2, f"{name} must be a matrix, but it has {tensor.dim()} dimensions")
+        check(tensor.dtype == x.dtype, f"{name} must have the dtype of x")
+        check(tensor.is_contiguous(), f"{name} must be contiguous; pass a contiguous copy")
+        aligned = tensor.data_ptr() % _ALIGNMENT == 0
+        check(aligned, f"{name} must start at a multiple of {_ALIGNMENT} bytes; pass a copy instead of a view")
+    d_model, d_ff = x.shape[1], gate_up.shape[0] // 2
+    for name, tensor, shape, meaning in (
+        ("gate_up", gate_up, [2 * d_ff, d_model], "[2 * d_ff, d_model]"),
+        ("down_t", down_t, [d_ff, d_model], "[d_ff, d_model]"),
+    ):
+        check(list(tensor.shape) == shape, f"{name} must be {meaning} = {shape}, but it is {list(tensor.shape)}")
+    for name, size in (("d_model", d_model), ("d_ff", d_ff)):
+        check(size > 0 and size % 8 == 0, f"{name} must be a positive multiple of 8, but it is {size}")
+    check(
+        math.isfinite(threshold) and threshold >= 0, f"threshold must be finite and not negative, but it is {threshold}"
+    )
+    check(
+        counters.dtype == torch.int64 and counters.is_contiguous() and tuple(counters.shape) == SHAPE,
+        "counters must be a contiguous int64 tensor of shape [2, 4]",
+    )
+
+
+if not native.load():
+    _library.impl("sparse_gated_ffn", _reference_gated_ffn, "CPU")

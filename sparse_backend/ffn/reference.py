@@ -1,0 +1,55 @@
+"""The gated FFN in plain PyTorch: what the kernels are tested against, and what runs where they could not be built.
+
+A neuron is active unless gate <= threshold, compared in float32: it is strictly above, or NaN, so that a NaN shows in the output
+(torch.nn.functional.threshold, and with it vLLM's FatreluAndMul, lets a NaN through as well).
+"""
+
+import torch
+from torch.nn import functional as F
+
+from sparse_backend.ffn.counters import ACTIVE, DENSE, ROWS, SPARSE, STEPS, UNION
+
+
+def active_neurons(gate: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Which gate values [rows, d_ff] are active, bool; the comparison is in float32 whatever the dtype of ``gate``."""
+    return ~(gate.float() <= torch.tensor(threshold, dtype=torch.float32, device=gate.device))
+
+
+def count(counters: torch.Tensor, path: int, active: torch.Tensor) -> None:
+    """Add one call with the active neurons ``active`` [rows, d_ff] to ``counters`` [2, 4]."""
+    if active.shape[0] == 0:
+        return
+    counters[path, ROWS] += active.shape[0]
+    counters[path, ACTIVE] += active.sum()
+    counters[path, UNION] += active.any(dim=0).sum()
+    counters[path, STEPS] += 1
+
+
+def sparse_gated_ffn(
+    x: torch.Tensor, gate_up: torch.Tensor, down_t: torch.Tensor, threshold: float, counters: torch.Tensor
+) -> torch.Tensor:
+    """y = (gate * active * up) @ down_t in float32 throughout, rounded once to the dtype of x: the definition.
+
+    Args:
+        x: [rows, d_model].
+        gate_up: [2 * d_ff, d_model], the gate rows and then the up rows.
+        down_t: [d_ff, d_model].
+        threshold: a neuron is active above it.
+        counters: int64 [2, 4], counted as the sparse path.
+    """
+    d_ff = down_t.shape[0]
+    gate, up = (x.float() @ gate_up.float().t()).split(d_ff, dim=1)
+    active = active_neurons(gate, threshold)
+    count(counters, SPARSE, active)
+    return (torch.where(active, gate, 0) * up @ down_t.float()).to(x.dtype)
+
+
+def dense_gated_ffn(
+    x: torch.Tensor, gate_up: torch.Tensor, down_t: torch.Tensor, threshold: float, counters: torch.Tensor
+) -> torch.Tensor:
+    """The same in the dtype of x, operation by operation as vLLM's dense FATReLU MLP does it; counted as the dense path."""
+    d_ff = down_t.shape[0]
+    gate, up = F.linear(x, gate_up).split(d_ff, dim=1)
+    active = active_neurons(gate, threshold)
+    count(counters, DENSE, active)
+    return torch.where(active, gate, 0) * up @ down_t

@@ -1,0 +1,158 @@
+"""Reading and writing model folders: dense bases, and ProSparse checkpoints without a word of remote code."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_backend.activation import Activation
+from sparse_backend.checkpoint import MODEL_CLASS, PhaseRecord
+from sparse_backend.errors import UserError
+from sparse_backend.hf_configs import SparseLlamaConfig
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_PRETRAINING_NAME = "pretraining.json"
+_SWISH_OR_GELU = {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh"}
+
+
+def check_base(folder: Path) -> str:
+    """Check from its config that a folder can be made sparse, before anything is loaded.
+
+    Returns:
+        Its activation: ``hidden_act``.
+
+    Raises:
+        UserError: it is no model folder, or its feed-forward layers are not those of a gated LLaMA.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"BASE {str(folder)!r} is not a model folder: there is no readable {path}.") from None
+    except ValueError as error:
+        raise UserError(f"BASE: {path} cannot be read as JSON ({error}).") from None
+    model_type, activation = config.get("model_type"), config.get("hidden_act")
+    if model_type == SparseLlamaConfig.model_type:
+        raise UserError(
+            f"BASE {str(folder)!r} went through all three steps already (model_type 'sparsellama'). Give its base."
+        )
+    if model_type != "llama":
+        raise UserError(
+            f"BASE {str(folder)!r} has model_type {model_type!r}. This job makes models of the LLaMA family (model_type"
+            " 'llama') sparse, whose checkpoints the server loads."
+        )
+    if activation != "relu" and activation not in _SWISH_OR_GELU:
+        raise UserError(
+            f"BASE {str(folder)!r} has hidden_act {activation!r}; step 1 replaces Swish or GELU by ReLU"
+            f" ({', '.join(sorted(_SWISH_OR_GELU))})."
+        )
+    if config.get("mlp_bias"):
+        raise UserError(f"BASE {str(folder)!r} has mlp_bias set; feed-forward layers with biases are not supported.")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"BASE {str(folder)!r} holds no *.safetensors weights; other formats can run code and are not loaded."
+        )
+    return activation
+
+
+def load_model(folder: Path, dtype: torch.dtype, hidden_act: str | None = None) -> PreTrainedModel:
+    """Load a causal model on the CPU, with another activation if ``hidden_act`` is given.
+
+    Raises:
+        UserError: the weights do not fit the config, or cannot be read.
+    """
+    overrides = {} if hidden_act is None else {"hidden_act": hidden_act}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **overrides)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"The model in {str(folder)!r} cannot be loaded: {error}") from None
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model with ``vocab_size`` embeddings.
+
+    Raises:
+        UserError: there is none, or it has more tokens than the model has embeddings.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"BASE {str(folder)!r} has no tokenizer that can be loaded: {error}") from None
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"The tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, the model's config says vocab_size"
+            f" {vocab_size}: they do not belong together. Copy the tokenizer of this very model into the folder."
+        )
+    return tokenizer
+
+
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Turn a model's weights into bfloat16, in place, and save them with the config."""
+    model.config.use_cache = True  # the Trainer turns it off
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for shard in folder.glob("*.safetensors"):
+        shard.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+def save_activation(folder: Path, activation: Activation) -> str:
+    """Write the activation into a saved LLaMA folder's config.json.
+
+    ReLU leaves a plain LLaMA folder that stock transformers loads; FATReLU makes it SparseLLM's published format, less
+    the remote code.
+
+    Returns:
+        The architecture named in the config.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | activation.to_hf_config()
+    if activation.kind == "fatrelu":
+        config |= {"architectures": [MODEL_CLASS], "model_type": SparseLlamaConfig.model_type}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return config["architectures"][0]
+
+
+def save_pretraining(folder: Path, phase: PhaseRecord) -> None:
+    """Leave a record of how a base was trained in its folder, for the manifests of what is made from it."""
+    (folder / _PRETRAINING_NAME).write_text(phase.model_dump_json(indent=1) + "\n")
+
+
+def pretraining(folder: Path) -> list[PhaseRecord]:
+    """The record that ``save_pretraining`` left in a base's folder; empty for a base of other origin."""
+    path = folder / _PRETRAINING_NAME
+    return [PhaseRecord.model_validate_json(path.read_text())] if path.is_file() else []
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files as they are."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("prosparse-serve", "torch", "transformers", "accelerate", "tokenizers", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -1,0 +1,112 @@
+"""What the room's two commands share: flags, their effect on the process, and running as a module."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
+
+import torch
+import transformers
+
+from sparse_backend.errors import UserError
+from sparse_backend.prosparse.trainer import Runtime
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for the corpus, the device and the progress lines."""
+    parser.add_argument(
+        "--corpus",
+        required=True,
+        metavar="SOURCE",
+        help="text to train on: 'stdlib' (this Python's standard library), a folder of text files, a .jsonl file (in "
+        "each line text and, optionally, path) or a text file",
+    )
+    parser.add_argument(
+        "--corpus-name", metavar="NAME", help="what the manifest calls the corpus (default: made from SOURCE)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a GPU where there is one (default)",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model: slower to start, faster after")
+    parser.add_argument(
+        "--progress-every", type=int, default=50, metavar="STEPS", help="steps between progress lines (50)"
+    )
+
+
+def runtime_from(args: argparse.Namespace) -> Runtime:
+    """Resolve the device and quieten transformers, whose warnings are about uses that do not occur here.
+
+    Raises:
+        UserError: a GPU is asked for and there is none, or the progress interval is not positive.
+    """
+    if args.progress_every < 1:
+        raise UserError(f"--progress-every is {args.progress_every}: it must be at least 1.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device is cuda, but torch finds no usable NVIDIA GPU here. Take --device cpu, or install a CUDA torch."
+        )
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    use_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    return Runtime(torch.device("cuda" if use_gpu else "cpu"), args.compile, args.progress_every)
+
+
+def command_line(name: str) -> str:
+    """This process' arguments as the ``prosparse`` command that does the same."""
+    arguments = sys.argv[1:]
+    return shlex.join(["prosparse", name, *(arguments[1:] if arguments[:1] == [name] else arguments)])
+
+
+@contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name when the block succeeds and vanishes when it fails.
+
+    Raises:
+        UserError: ``out`` exists, or its folder cannot be created.
+    """
+    partial = out.with_name(out.name + ".partial")
+    if out.exists():
+        raise UserError(
+            f"OUT {str(out)!r} exists already. Nothing is overwritten: name another folder, or delete this one first."
+        )
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{str(partial)!r} exists: another run is writing OUT, or one was killed. Delete the folder if none is"
+            " running."
+        ) from None
+    except OSError as error:
+        raise UserError(f"OUT {str(out)!r} cannot be created: {error}.") from None
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        rmtree(partial, ignore_errors=True)
+        raise
+
+
+def main(
+    name: str,
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+) -> int:
+    """Run one command by itself (``python -m``), for machines that have no ``prosparse`` on the path.
+
+    Returns:
+        The exit status: that of ``run``, or 2 after printing a ``UserError``.
+    """
+    parser = argparse.ArgumentParser(prog=f"prosparse {name}", description=description)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args())
+    except UserError as error:
+        print(f"prosparse: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,69 @@
+"""What a model does on held-out text: its loss, how sparse each layer is, and how often each neuron is active."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_backend.prosparse.gated_ffn import gated_ffns, watching
+from sparse_backend.prosparse.tokens import HeldOutBlocks
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Means over every token of the held-out blocks."""
+
+    loss: float
+    """Next-token cross-entropy in nats, over context - 1 predictions a block."""
+    sparsity: Tensor
+    """Share of exact zeros in x1 = act(gate)*up, by layer: float64 [n_layers]."""
+    neuron_frequency: Tensor
+    """Share of tokens for which the neuron's x1 is not zero: float64 [n_layers, d_ff]."""
+    gate_scale: float
+    """Root mean square of the gate's values over tokens, neurons and layers."""
+
+    @property
+    def mean_sparsity(self) -> float:
+        """Mean over layers."""
+        return self.sparsity.mean().item()
+
+
+# Tokens of one evaluation batch: its float32 logits are the largest tensor, 0.5 GB for a vocabulary of 32,000.
+_BATCH_TOKENS = 4096
+
+
+@torch.inference_mode()
+def measure(model: torch.nn.Module, blocks: HeldOutBlocks, batch_tokens: int = _BATCH_TOKENS) -> Measurement:
+    """Run ``model``, in its own dtype and on its own device, over the held-out blocks."""
+    ffns = gated_ffns(model)
+    device = next(model.parameters()).device
+    d_ff = ffns[0].down_proj.in_features
+    nonzero = torch.zeros(len(ffns), d_ff, dtype=torch.int64, device=device)
+    gate_squares = torch.zeros((), dtype=torch.float64, device=device)
+
+    def count(layer: int, x1: Tensor) -> None:
+        nonzero[layer] += (x1 != 0).flatten(0, -2).sum(0)
+
+    def square(_layer: int, gate: Tensor) -> None:
+        gate_squares.add_(torch.linalg.vector_norm(gate, dtype=torch.float32).double() ** 2)
+
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    context = blocks.blocks.shape[1]
+    with watching(model, "down_proj", count), watching(model, "act_fn", square):
+        for batch in blocks.batches(max(1, batch_tokens // context)):
+            tokens = batch.to(device)
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+            loss_sum += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+            )
+    model.train(was_training)
+    tokens_seen = blocks.blocks.numel()
+    frequency = (nonzero.double() / tokens_seen).cpu()
+    return Measurement(
+        loss=loss_sum.item() / (len(blocks) * (context - 1)),
+        sparsity=1 - frequency.mean(1),
+        neuron_frequency=frequency,
+        gate_scale=(gate_squares.item() / (tokens_seen * len(ffns) * d_ff)) ** 0.5,
+    )

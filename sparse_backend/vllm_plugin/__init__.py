@@ -1,0 +1,1 @@
+"""Our model classes inside vLLM, through its own seams: general plugin, model registry, worker extension."""

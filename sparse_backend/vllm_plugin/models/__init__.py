@@ -1,0 +1,1 @@
+"""vLLM model classes whose feed-forward layers run on the sparse op."""

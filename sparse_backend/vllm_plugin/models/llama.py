@@ -1,0 +1,79 @@
+"""The LLaMA family with sparse feed-forward layers: attention, loading and parallelism are vLLM's, the MLP is ours."""
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index
+
+from sparse_backend.activation import Activation
+from sparse_backend.vllm_plugin.ffn_path import max_sparse_rows_per_layer
+from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
+
+
+class SparseLlamaDecoderLayer(nn.Module):
+    """vLLM's LLaMA decoder layer with our MLP in it."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        layer_index = extract_layer_index(prefix)
+        bias = getattr(config, "attention_bias", False)
+        self.self_attn = LlamaAttention(
+            config=config,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            bias=bias,
+            bias_o_proj=bias,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.self_attn",
+        )
+        self.mlp = SparseGatedMLP(
+            layer_index=layer_index,
+            d_model=config.hidden_size,
+            d_ff=config.intermediate_size,
+            activation=Activation.from_hf_config(config.to_dict()),
+            max_sparse_rows=max_sparse_rows_per_layer(vllm_config)[layer_index],
+            prefix=f"{prefix}.mlp",
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pre-norm decoder layer on [rows, d_model]; the residual stream is carried beside the hidden states."""
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class SparseLlamaForCausalLM(LlamaForCausalLM):
+    """LLaMA with ReLU or FATReLU feed-forward layers on the sparse op (SparseLLM's ProSparse and ReLULLaMA checkpoints)."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        """Build the model for one worker.
+
+        Raises:
+            UserError: the config's activation is not one we compute.
+            ValueError: LoRA or quantisation is asked for, which the op does not know yet and would silently ignore.
+        """
+        if vllm_config.lora_config is not None:
+            raise ValueError("--enable-lora: the sparse feed-forward layers do not apply LoRA adapters; serve without it.")
+        if vllm_config.quant_config is not None:
+            raise ValueError("--quantization: the sparse feed-forward layers need bfloat16 or float32 weights; serve without it.")
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=SparseLlamaDecoderLayer)
+
+    def process_weights_after_loading(self) -> None:
+        """Called by vLLM when all weights are in place."""
+        for layer in self.model.layers:
+            if isinstance(layer, SparseLlamaDecoderLayer):
+                layer.mlp.make_neuron_major()

@@ -1,0 +1,24 @@
+"""What vLLM runs at the start of every one of its processes (entry point group ``vllm.general_plugins``)."""
+
+import torch
+from vllm import ModelRegistry
+
+from sparse_backend import hf_configs
+from sparse_backend.checkpoint import MODEL_CLASS
+
+
+def register() -> None:
+    """Make our configs and model classes known to vLLM. Idempotent: vLLM calls it in the API, engine and worker processes."""
+    hf_configs.register()
+    # The string form keeps this process from importing model code (and CUDA) that only the worker needs.
+    ModelRegistry.register_model(MODEL_CLASS, f"sparse_backend.vllm_plugin.models.llama:{MODEL_CLASS}")
+    _allow_amx_tiles()
+
+
+def _allow_amx_tiles() -> None:
+    """Ask the Linux kernel for the AMX tile permission of this process.
+
+    vLLM's bf16 CPU attention picks AMX from CPUID alone and dies with SIGILL in a process that never asked.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()

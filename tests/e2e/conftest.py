@@ -1,0 +1,38 @@
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.e2e.servers import Server
+
+DEMO = Path(__file__).parents[2] / "deploy" / "demo"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that end the shared server go last, whatever the order of files."""
+    items.sort(key=lambda item: item.path.name == "test_shutdown.py")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo checkpoint, served; one server for all end-to-end tests, since a start takes half a minute."""
+    server = Server(DEMO, tmp_path_factory.mktemp("server") / "log")
+    try:
+        server.wait_listening()
+        server.while_loading = server.get("/v1/models")
+        server.wait_ready()
+        yield server
+    finally:
+        try:
+            if server.process.poll() is None:
+                server.stop()
+        except subprocess.TimeoutExpired:
+            server.kill_rest()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client

@@ -1,0 +1,84 @@
+"""`prosparse serve` as a process of its own, as a user runs it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+PROSPARSE = Path(sys.executable).with_name("prosparse")
+
+# Seconds a first start may take on a busy two-core machine: it builds the kernels and compiles the model.
+START_LIMIT = 240
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Server:
+    """One running server; its output goes to ``log``."""
+
+    def __init__(self, model: Path, log: Path, *flags: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        command = [str(PROSPARSE), "serve", str(model), "--port", str(self.port), *flags]
+        with log.open("wb") as output:
+            # A session of its own, so that a test can signal the whole group as a terminal does.
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def get(self, path: str) -> httpx.Response:
+        """GET one path."""
+        return httpx.get(self.url + path, timeout=30)
+
+    def wait_listening(self) -> None:
+        """Until the server answers at all."""
+        self._wait_for("/livez", 60)
+
+    def wait_ready(self) -> None:
+        """Until it serves requests."""
+        self._wait_for("/readyz", START_LIMIT)
+
+    def _wait_for(self, path: str, limit: float) -> None:
+        deadline = time.monotonic() + limit
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if self.get(path).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise AssertionError(f"the server did not answer {path} with 200 in {limit} s:\n{self.log.read_text()}")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def kill_rest(self) -> None:
+        """End whatever is left of the server's processes."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(30)
+
+    def processes(self) -> list[int]:
+        """Processes of the server's session that are still there, zombies aside."""
+        alive = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                state, session = fields[0], int(fields[3])
+                if session == self.process.pid and state != "Z":
+                    alive.append(int(entry.name))
+        return alive

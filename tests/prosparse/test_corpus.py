@@ -1,0 +1,134 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_backend.errors import UserError
+from sparse_backend.prosparse.corpus import HELD_OUT_SHARE, Document, held_out_documents, read_corpus
+from tests.prosparse.corpora import write_corpus
+
+
+def held_out_path(extension: str = ".py") -> str:
+    """Some path that falls into the held-out split."""
+    return next(path for path in (f"file{n}{extension}" for n in range(10_000)) if Document(path, "").is_held_out)
+
+
+def training_path(extension: str = ".py") -> str:
+    return next(path for path in (f"file{n}{extension}" for n in range(10_000)) if not Document(path, "").is_held_out)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / held_out_path()).write_text("held = out\n")
+    (tmp_path / training_path()).write_text("training = text\n")
+    return tmp_path
+
+
+def test_split_is_by_path_alone_and_about_two_percent() -> None:
+    paths = [f"package/module_{number}.py" for number in range(20_000)]
+    share = sum(Document(path, "a").is_held_out for path in paths) / len(paths)
+    assert share == pytest.approx(HELD_OUT_SHARE, rel=0.15)
+    # Fixed forever: published splits depend on it.
+    assert not Document("package/module_0.py", "a").is_held_out
+    assert Document("sched.py", "a").is_held_out
+    assert Document("sched.py", "other text").is_held_out
+
+
+def test_adding_a_document_moves_no_other(folder: Path) -> None:
+    before = read_corpus(str(folder))
+    for number in range(50):
+        (folder / f"added{number}.txt").write_text(f"text {number}")
+    after = read_corpus(str(folder))
+    assert set(before.training) < set(after.training)
+    assert set(before.held_out) <= set(after.held_out)
+    assert before.sha256 != after.sha256
+
+
+def test_folder_is_read_in_order_and_without_what_is_no_text(folder: Path) -> None:
+    for ignored in (".hidden/a.py", "site-packages/b.py", "__pycache__/c.py", "data.bin", "empty.py"):
+        (folder / ignored).parent.mkdir(exist_ok=True)
+        (folder / ignored).write_text("\n \n" if ignored == "empty.py" else "x = 1\n")
+    (folder / "package").mkdir()
+    (folder / "package" / "inner.md").write_text("# Title\n")
+    documents = read_corpus(str(folder)).documents
+    paths = [document.path for document in documents]
+    assert paths == sorted([held_out_path(), training_path(), "package/inner.md"])
+
+
+def test_hash_covers_every_text_and_path(folder: Path) -> None:
+    before = read_corpus(str(folder)).sha256
+    assert read_corpus(str(folder), "another name").sha256 == before
+    (folder / held_out_path()).write_text("held = in\n")
+    changed = read_corpus(str(folder)).sha256
+    (folder / training_path()).rename(folder / "renamed.py")
+    assert len({before, changed, read_corpus(str(folder)).sha256}) == 3
+
+
+def test_jsonl_with_paths_is_the_same_corpus_as_the_folder(folder: Path, tmp_path: Path) -> None:
+    corpus = read_corpus(str(folder))
+    lines = tmp_path / "corpus.jsonl"
+    with lines.open("w") as file:
+        for document in reversed(corpus.documents):
+            file.write(json.dumps({"text": document.text, "path": document.path}) + "\n\n")
+    assert read_corpus(str(lines)).sha256 == corpus.sha256
+
+
+def test_line_separators_within_a_jsonl_text_do_not_cut_it(tmp_path: Path) -> None:
+    lines = tmp_path / "corpus.jsonl"
+    records = [{"path": held_out_path(), "text": "a\u2028b\x0cc"}, {"path": training_path(), "text": "d"}]
+    lines.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
+    assert read_corpus(str(lines)).held_out == ["a\u2028b\x0cc"]
+
+
+def test_text_file_is_cut_into_documents_at_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    text = "".join(f"line {number} of a long text\n" for number in range(120_000))
+    path.write_text(text)
+    corpus = read_corpus(str(path))
+    assert "".join(document.text for document in corpus.documents) == text
+    assert all(document.text.endswith("\n") for document in corpus.documents)
+    assert max(len(document.text) for document in corpus.documents) < 17_000
+    assert 0 < len(corpus.held_out) < len(corpus.training)
+
+
+def test_standard_library_is_there_and_named_after_its_version() -> None:
+    corpus = read_corpus("stdlib")
+    assert corpus.name.startswith(f"Python {sys.version_info.major}.{sys.version_info.minor}")
+    paths = {document.path for document in corpus.documents}
+    assert {"json/decoder.py", "sched.py"} <= paths
+    assert not [path for path in paths if "site-packages" in path or "_sysconfigdata" in path]
+    assert len(held_out_documents("stdlib")) == len(corpus.held_out) > 10
+
+
+def test_made_up_corpus_of_the_tests_has_both_sides(tmp_path: Path) -> None:
+    corpus = read_corpus(str(write_corpus(tmp_path / "corpus.jsonl")))
+    assert len(corpus.held_out) >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gone", None, ["gone", "neither 'stdlib' nor a folder"]),
+        ("empty.txt", b"", ["no text"]),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2", "not JSON"]),
+        ("bad.jsonl", b'{"content": "a"}\n', ["line 1", '"text"']),
+        ("bad.jsonl", b'["a"]\n', ["line 1", '"text"']),
+        ("latin.txt", "é".encode("latin-1"), ["latin.txt", "UTF-8"]),
+        ("short.txt", b"one line\n", ["held-out split", "Add documents"]),
+    ],
+)
+def test_unusable_source_is_refused_with_the_reason(
+    tmp_path: Path, name: str, content: bytes | None, words: list[str]
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_corpus(str(path))
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no text"):
+        read_corpus(str(tmp_path))

@@ -1,0 +1,245 @@
+"""Both commands from end to end on the CPU, with a model and a corpus small enough for seconds."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparse_backend.checkpoint import Checkpoint, Manifest, sha256_of
+from sparse_backend.prosparse import job, modeling, pretrain
+from sparse_backend.prosparse.command import main
+from sparse_backend.prosparse.corpus import read_corpus
+from sparse_backend.prosparse.evaluate import measure
+from sparse_backend.prosparse.tokens import read_text
+from tests.checkpoints import edit_config
+from tests.prosparse.corpora import write_corpus
+
+RUN = ["--context", "128", "--batch", "8", "--tokens", "40000", "--progress-every", "20"]
+
+
+@dataclass(frozen=True)
+class World:
+    """A corpus, and a dense base trained on it."""
+
+    corpus: Path
+    base: Path
+
+
+def command(module: object, *arguments: object) -> int:
+    """Run one of the room's commands as ``python -m`` would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["module.py", *map(str, arguments)])
+        return main(module.NAME, module.DESCRIPTION, module.add_arguments, module.run)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("prosparse")
+    corpus = write_corpus(folder / "corpus.jsonl")
+    arguments = ["--preset", "tiny", "--corpus", corpus, "--tokens", 80_000, "--batch", 8]
+    assert command(pretrain, folder / "base", *arguments) == 0
+    return World(corpus, folder / "base")
+
+
+@pytest.fixture(scope="module")
+def made(world: World) -> Path:
+    out = world.base.parent / "sparse"
+    arguments = ["--corpus", world.corpus, "--corpus-name", "made up", *RUN, "--l1", "1e-3"]
+    assert command(job, world.base, out, *arguments) == 0
+    return out
+
+
+def manifest_of(folder: Path) -> Manifest:
+    manifest = Checkpoint.open(folder).manifest
+    assert manifest is not None
+    return manifest
+
+
+def test_base_is_a_plain_swish_llama_that_learned(world: World) -> None:
+    config = json.loads((world.base / "config.json").read_text())
+    assert (config["model_type"], config["hidden_act"], config["dtype"]) == ("llama", "silu", "bfloat16")
+    assert (config["use_cache"], config["max_position_embeddings"]) == (True, 128)
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    text = read_text(read_corpus(str(world.corpus)), tokenizer, 128)
+    loss = measure(AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.bfloat16), text.held_out).loss
+    # A model that knows nothing has ln 512 = 6.2.
+    assert loss < 4
+
+
+def test_result_loads_and_gives_what_the_manifest_says(world: World, made: Path) -> None:
+    manifest = manifest_of(made)
+    modeling.register()
+    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16)
+    text = read_text(read_corpus(str(world.corpus)), AutoTokenizer.from_pretrained(made), 128)
+    measured = measure(model, text.held_out)
+    assert manifest.held_out.loss == pytest.approx(measured.loss, abs=1e-4)
+    assert manifest.held_out.sparsity == pytest.approx(measured.mean_sparsity, abs=1e-4)
+    assert manifest.held_out.tokens == text.held_out.blocks.numel()
+    assert [layer.sparsity for layer in manifest.layers] == pytest.approx(measured.sparsity.tolist(), abs=1e-4)
+    for layer, frequency in zip(manifest.layers, measured.neuron_frequency.tolist(), strict=True):
+        assert layer.neuron_frequency == pytest.approx(frequency, abs=1e-4)
+    assert manifest.activation.threshold == model.config.hidden_act_param > 0
+    assert manifest.architecture == type(model).__name__ == "SparseLlamaForCausalLM"
+
+
+def test_sparsity_came_without_giving_up_the_text(made: Path) -> None:
+    held_out = manifest_of(made).held_out
+    assert held_out.sparsity > 0.7
+    assert held_out.loss < held_out.base_loss + 0.1
+
+
+def test_manifest_tells_how_it_was_made(world: World, made: Path) -> None:
+    manifest = manifest_of(made)
+    assert manifest.command.startswith(
+        f"prosparse sparsify {world.base} {made} --corpus {world.corpus} --corpus-name 'made"
+    )
+    corpus = read_corpus(str(world.corpus))
+    assert (manifest.corpus.name, manifest.corpus.sha256) == ("made up", corpus.sha256)
+    assert (manifest.corpus.documents, manifest.corpus.held_out_documents) == (240, len(corpus.held_out))
+    assert (manifest.base_activation, manifest.device, manifest.seed) == ("silu", "CPU", 0)
+    assert manifest.versions["torch"] == torch.__version__
+    names = ["pretraining", "ReLU substitution", "L1 regularisation", "activation threshold"]
+    assert [phase.name for phase in manifest.phases] == names
+    pretraining, relu, l1, shift = manifest.phases
+    assert (relu.steps, l1.steps, relu.tokens + l1.tokens) == (2, 38, 40 * 1024)
+    assert pretraining.settings["command"].startswith("prosparse pretrain")
+    assert relu.settings["learning_rate"] == 1e-3
+    assert (l1.settings["l1"], l1.settings["schedule"]) == (1e-3, "fixed")
+    assert shift.settings["sweep"][0]["threshold"] == 0
+    assert manifest.activation.threshold in [point["threshold"] for point in shift.settings["sweep"]]
+
+
+def test_folder_holds_the_checkpoint_and_nothing_else(world: World, made: Path) -> None:
+    names = {path.name for path in made.iterdir()}
+    assert names == {*manifest_of(made).files, "prosparse.json"}
+    assert {"model.safetensors", "config.json", "generation_config.json"} < names
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert sha256_of(made / name) == sha256_of(world.base / name)
+    assert (made / "model.safetensors").stat().st_mode & 0o044 == 0o044
+    assert {tensor.dtype for tensor in load_file(made / "model.safetensors").values()} == {torch.bfloat16}
+    assert not list(made.parent.glob("*.partial"))
+
+
+def test_l1_makes_it_sparse_and_the_order_of_micro_batches_does_not_matter(world: World, made: Path) -> None:
+    out = world.base.parent
+    arguments = ["--corpus", world.corpus, *RUN]
+    assert command(job, world.base, out / "accumulated", *arguments, "--l1", "1e-3", "--micro-batch", 2) == 0
+    assert command(job, world.base, out / "unregularised", *arguments, "--l1", 0) == 0
+    plain, whole, accumulated = (manifest_of(folder) for folder in (out / "unregularised", made, out / "accumulated"))
+    assert accumulated.held_out.loss == pytest.approx(whole.held_out.loss, abs=0.01)
+    before_shift = [found.phases[-1].settings["sweep"][0]["sparsity"] for found in (plain, whole, accumulated)]
+    assert before_shift[1] > before_shift[0] + 0.03
+    assert before_shift[2] == pytest.approx(before_shift[1], abs=0.01)
+
+
+def test_same_command_gives_the_same_weights(world: World, made: Path, tmp_path: Path) -> None:
+    assert command(job, world.base, tmp_path / "again", "--corpus", world.corpus, *RUN, "--l1", "1e-3") == 0
+    again, first = load_file(tmp_path / "again" / "model.safetensors"), load_file(made / "model.safetensors")
+    for name, tensor in first.items():
+        torch.testing.assert_close(again[name], tensor)
+
+
+def test_no_budget_gives_a_relu_model_that_is_then_taken_as_a_base(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--corpus", world.corpus, "--context", 128, "--batch", 8, "--tokens", 8192]
+    out = tmp_path / "relu"
+    # A negative budget cannot be asked for; a sweep that always costs something keeps threshold 0.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparse_backend.prosparse.threshold.SWEEP", (0.0, 50.0))
+        assert command(job, world.base, out, *arguments, "--threshold-budget", 0) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["architectures"], config["hidden_act"]) == (["LlamaForCausalLM"], "relu")
+    assert Checkpoint.open(out).activation.kind == "relu"
+    capsys.readouterr()
+    assert command(job, out, tmp_path / "twice", *arguments) == 0
+    assert "step 1: BASE computes ReLU already" in capsys.readouterr().out
+
+
+BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "not a folder": (shutil.rmtree, ["BASE", "not a model folder"]),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
+    "other family": (lambda f: edit_config(f, model_type="opt"), ["model_type 'opt'", "LLaMA"]),
+    "ProSparse already": (lambda f: edit_config(f, model_type="sparsellama"), ["all three steps already"]),
+    "other activation": (lambda f: edit_config(f, hidden_act="tanh"), ["hidden_act 'tanh'", "Swish or GELU"]),
+    "biases": (lambda f: edit_config(f, mlp_bias=True), ["mlp_bias"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["safetensors"]),
+    "weights of another shape": (lambda f: edit_config(f, intermediate_size=128), ["cannot be loaded"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer"]),
+    "tokenizer of another model": (lambda f: _grow_tokenizer(f), ["tokenizer", "vocab_size 512"]),
+    "short context": (lambda f: edit_config(f, max_position_embeddings=64), ["--context is 128", "64 tokens"]),
+}
+
+
+def _grow_tokenizer(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["an additional token"])
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("case", BAD_BASES)
+def test_unusable_base_is_refused_with_nothing_left_behind(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    damage, words = BAD_BASES[case]
+    base = Path(shutil.copytree(world.base, tmp_path / "base"))
+    damage(base)
+    assert command(job, base, tmp_path / "out", "--corpus", world.corpus, *RUN) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prosparse: error: ")
+    assert [word for word in words if word not in error] == []
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--l1", "nan"], ["--l1 is nan"]),
+        (["--corpus", "no/such/place"], ["no/such/place"]),
+        (["--progress-every", "0"], ["--progress-every is 0"]),
+        (["--learning-rate", "1e30", "--warmup", "0"], ["loss became", "--learning-rate"]),
+    ],
+)
+def test_unusable_flags_are_refused_with_nothing_left_behind(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+) -> None:
+    assert command(job, world.base, tmp_path / "out", "--corpus", world.corpus, *RUN, *flags) == 2
+    error = capsys.readouterr().err
+    assert [word for word in words if word not in error] == []
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu_is_named(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(job, world.base, tmp_path / "out", "--corpus", world.corpus, *RUN, "--device", "cuda") == 2
+    assert "--device is cuda" in capsys.readouterr().err
+
+
+def test_unfinished_run_of_another_process_is_not_touched(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "file").write_text("kept")
+    assert command(pretrain, tmp_path / "out", "--corpus", world.corpus, "--preset", "tiny") == 2
+    assert "out.partial" in capsys.readouterr().err
+    assert (tmp_path / "out.partial" / "file").read_text() == "kept"
+
+
+def test_existing_output_is_refused_by_the_module_itself_without_a_traceback(world: World, made: Path) -> None:
+    before = sha256_of(made / "prosparse.json")
+    arguments = [str(world.base), str(made), "--corpus", str(world.corpus)]
+    finished = subprocess.run(
+        [sys.executable, "-m", "sparse_backend.prosparse.job", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("prosparse: error: OUT")
+    assert "Traceback" not in finished.stderr
+    assert sha256_of(made / "prosparse.json") == before

@@ -1,0 +1,159 @@
+"""The contract with vLLM 0.32's server internals: flags, routes, error handlers. Starts no engine."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.app import api_app
+from server.settings import Settings
+from sparse_backend.checkpoint import Checkpoint
+from sparse_backend.errors import UserError
+from tests.checkpoints import edit_config, write_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def compat():
+    from server import vllm_compat
+
+    return vllm_compat
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def parse(compat, folder: Path, *flags: str, **settings: object) -> Namespace:
+    return compat.parse_flags(
+        Settings.load({"model": folder, "vllm_flags": flags, **settings}), Checkpoint.open(folder)
+    )
+
+
+def test_settings_become_vllm_arguments(compat, folder):
+    arguments = parse(compat, folder, "--max-num-seqs", "3", "--enforce-eager", ffn_path="dense", dtype="float32")
+    assert arguments.model == str(folder)
+    assert arguments.served_model_name == ["tiny"]
+    assert arguments.dtype == "float32"
+    assert arguments.additional_config == {"prosparse": {"ffn_path": "dense"}}
+    assert arguments.hf_overrides == {"architectures": ["SparseLlamaForCausalLM"]}
+    assert (arguments.max_num_seqs, arguments.enforce_eager, arguments.trust_remote_code) == (3, True, False)
+    assert parse(compat, folder, served_model_name="m").served_model_name == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "used"), [("bfloat16", "bfloat16"), ("float16", "bfloat16"), ("float32", "float32")]
+)
+def test_dtype_auto_follows_the_checkpoint_where_the_kernels_can(compat, tmp_path, stored, used):
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    edit_config(folder, dtype=stored)
+    assert parse(compat, folder).dtype == used
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--max-num-seq", "3"), r"has no flag --max-num-seq \(did you mean --max-num-seqs\?\)"),
+        (("--max-num-seqs", "many"), "vLLM cannot use the flags after `--`: argument --max-num-seqs"),
+        (("stray",), "has no flag stray"),
+        (("--max-model-len", "257"), "--max-model-len 257 is longer than the 256 tokens"),
+        (("--max-model-len", "1k"), "--max-model-len 1000 is longer"),
+        # Front-end flags of vLLM's that our server replaces are not even known.
+        (("--ssl-keyfile", "k"), "has no flag --ssl-keyfile"),
+        (("--middleware", "m.M"), "has no flag --middleware"),
+    ],
+)
+def test_unusable_vllm_flags_are_named(compat, folder, flags, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        parse(compat, folder, *flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", ["256", "100", "auto"])
+def test_contexts_within_the_checkpoints_pass(compat, folder, length):
+    assert parse(compat, folder, "--max-model-len", length).max_model_len == (-1 if length == "auto" else int(length))
+
+
+class Models:
+    """Stands in for vLLM's model list; raises what a test gives it."""
+
+    error: Exception
+
+    async def show_available_models(self):
+        raise self.error
+
+
+@pytest.fixture
+async def client(compat):
+    app = api_app([])
+    app.state.args = Namespace(log_error_stack=False, enable_offline_docs=True)
+    app.state.openai_serving_models = Models()
+    compat.attach(app)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        yield client
+
+
+async def test_only_the_served_paths_are_there(compat, client):
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    assert set(paths) == compat.SERVED_PATHS
+    assert (await client.get("/docs")).status_code == 200
+    assert (await client.get("/static/swagger-ui-bundle.js")).status_code == 200
+    assert (await client.get("/version")).json() == {"version": "0.32.0"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/embeddings",
+        "/v1/chat/completions/batch",
+        "/v1/load_lora_adapter",
+        "/collective_rpc",
+        "/pause",
+        "/load",
+        "/v1/models/",
+    ],
+)
+async def test_other_paths_are_openai_shaped_404(client, path):
+    response = await client.post(path, json={})
+    assert response.status_code == 404
+    expected = {"message": "There is nothing at this path.", "type": "NotFoundError", "param": None, "code": 404}
+    assert response.json() == {"error": expected}
+
+
+@pytest.mark.parametrize(
+    ("path", "request_", "status"),
+    [
+        ("/v1/completions", {"content": b"{"}, 400),
+        ("/v1/completions", {"json": []}, 400),
+        ("/v1/completions", {"json": {"prompt": "x", "max_tokens": "many"}}, 400),
+        ("/v1/completions", {"content": b"{}", "headers": {"content-type": "text/plain"}}, 400),
+        ("/v1/chat/completions", {"json": {"messages": "hello"}}, 400),
+        ("/tokenize", {"json": {}}, 400),
+        ("/v1/models", {"json": {}}, 405),
+    ],
+)
+async def test_malformed_requests_are_openai_shaped(client, path, request_, status):
+    request = {**request_, "headers": {"content-type": "application/json", **request_.get("headers", {})}}
+    response = await client.post(path, **request)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == status
+
+
+async def test_a_bug_is_a_500_that_tells_nothing(client):
+    Models.error = RuntimeError("the secret in /home/me/file")
+    response = await client.get("/v1/models")
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "The server failed to answer this request."
+
+
+async def test_a_dead_engine_is_a_503(client):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    Models.error = EngineDeadError()
+    response = await client.get("/v1/models")
+    assert (response.status_code, response.json()["error"]["type"]) == (503, "ServiceUnavailableError")
+    assert "retry-after" in response.headers
