@@ -9,7 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from sparse_backend.errors import UserError
 
 # Names under which Hugging Face configs spell the dense activations a user is most likely to bring.
-_DENSE_NAMES = {"silu": "Swish (SiLU)", "swish": "Swish (SiLU)", "gelu": "GELU", "gelu_new": "GELU", "gelu_pytorch_tanh": "GELU"}
+_DENSE_NAMES = {
+    "silu": "Swish (SiLU)",
+    "swish": "Swish (SiLU)",
+    "gelu": "GELU",
+    "gelu_new": "GELU",
+    "gelu_pytorch_tanh": "GELU",
+}
 
 
 class Activation(BaseModel):

@@ -54,7 +54,9 @@ class HeldOutRecord(_Record):
     tokens: int
     loss: float = Field(description="mean next-token cross-entropy, nats")
     base_loss: float = Field(description="the same for the model the job started from")
-    sparsity: float = Field(description="exact zeros in relu(gate)*up, mean over tokens, neurons and layers", ge=0, le=1)
+    sparsity: float = Field(
+        description="exact zeros in relu(gate)*up, mean over tokens, neurons and layers", ge=0, le=1
+    )
 
 
 class LayerRecord(_Record):
@@ -100,7 +102,9 @@ def hash_files(folder: Path) -> dict[str, str]:
     loaded = [
         path
         for path in folder.iterdir()
-        if path.is_file() and path.suffix in {".safetensors", ".json", ".model", ".jinja"} and path.name != MANIFEST_NAME
+        if path.is_file()
+        and path.suffix in {".safetensors", ".json", ".model", ".jinja"}
+        and path.name != MANIFEST_NAME
     ]
     return {path.name: sha256_of(path) for path in sorted(loaded)}
 
@@ -132,7 +136,9 @@ class Checkpoint:
                 f"MODEL {str(folder)!r} is not a folder on this machine. Give the path of a checkpoint folder (config.json,"
                 " tokenizer, *.safetensors); models are never downloaded."
             )
-        config = _read_json(path, "config.json", "It is not a Hugging Face checkpoint folder; give the folder that holds it.")
+        config = _read_json(
+            path, "config.json", "It is not a Hugging Face checkpoint folder; give the folder that holds it."
+        )
         _check_architecture(path, config)
         activation = Activation.from_hf_config(config)
         if not any((path / name).is_file() for name in _TOKENIZER_FILES):
@@ -174,10 +180,14 @@ class Checkpoint:
                 " after the checkpoint was made: restore it, or delete the manifest if you mean the change."
             )
         if len(manifest.layers) != self.n_layers:
-            raise UserError(f"{where} lists {len(manifest.layers)} layers, config.json has num_hidden_layers {self.n_layers}.")
+            raise UserError(
+                f"{where} lists {len(manifest.layers)} layers, config.json has num_hidden_layers {self.n_layers}."
+            )
         unlisted = [shard.name for shard in self.shards if shard.name not in manifest.files]
         if unlisted:
-            raise UserError(f"{where} has no SHA-256 for {', '.join(unlisted)}: the folder and its manifest do not belong together.")
+            raise UserError(
+                f"{where} has no SHA-256 for {', '.join(unlisted)}: the folder and its manifest do not belong together."
+            )
         for name, expected in manifest.files.items():
             if Path(name).name != name:
                 raise UserError(f"{where} names the file {name!r}, which is not directly inside the folder.")
@@ -213,16 +223,24 @@ def _check_architecture(folder: Path, config: Mapping[str, Any]) -> None:
         )
     for field in ("num_hidden_layers", "hidden_size", "intermediate_size", "max_position_embeddings"):
         if not isinstance(config.get(field), int) or config[field] <= 0:
-            raise UserError(f"{folder / 'config.json'}: {field} is {config.get(field)!r}; it must be a positive integer.")
+            raise UserError(
+                f"{folder / 'config.json'}: {field} is {config.get(field)!r}; it must be a positive integer."
+            )
     if config.get("mlp_bias"):
-        raise UserError(f"{folder / 'config.json'}: mlp_bias is set; feed-forward layers with biases are not supported.")
+        raise UserError(
+            f"{folder / 'config.json'}: mlp_bias is set; feed-forward layers with biases are not supported."
+        )
 
 
 def _find_shards(folder: Path) -> list[Path]:
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(pattern))
-        found = f" It has {', '.join(others)}: only safetensors are loaded, since other formats can run code." if others else ""
+        found = (
+            f" It has {', '.join(others)}: only safetensors are loaded, since other formats can run code."
+            if others
+            else ""
+        )
         raise UserError(f"{folder} holds no *.safetensors weights.{found} Convert or copy the weights as safetensors.")
     index_path = folder / "model.safetensors.index.json"
     if index_path.is_file():
@@ -231,13 +249,17 @@ def _find_shards(folder: Path) -> list[Path]:
             raise UserError(f"{index_path} has no weight_map. Copy the checkpoint again.")
         missing = sorted({str(name) for name in weight_map.values()} - {shard.name for shard in shards})
         if missing:
-            raise UserError(f"{index_path} lists {', '.join(missing)}, missing from the folder. Copy the checkpoint again.")
+            raise UserError(
+                f"{index_path} lists {', '.join(missing)}, missing from the folder. Copy the checkpoint again."
+            )
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as tensors:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{shard} is not a complete safetensors file ({error}). Copy the checkpoint again.") from None
+            raise UserError(
+                f"{shard} is not a complete safetensors file ({error}). Copy the checkpoint again."
+            ) from None
     return shards
 
 

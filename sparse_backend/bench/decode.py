@@ -36,13 +36,17 @@ class DecodeResult(TypedDict):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--model", required=True, metavar="FOLDER", help="checkpoint folder")
-    parser.add_argument("--batch", type=row_counts, default=[1, 8], metavar="N,N", help="sequences decoded together (default 1,8)")
+    parser.add_argument(
+        "--batch", type=row_counts, default=[1, 8], metavar="N,N", help="sequences decoded together (default 1,8)"
+    )
     parser.add_argument("--tokens", type=int, default=128, help="decode steps per generation (default 128)")
     parser.add_argument("--rounds", type=int, default=7, help="generations per path and batch size (default 7)")
     parser.add_argument("--dtype", default="auto", help="dtype of the engine (default: the checkpoint's)")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--stock", action="store_true", help="also time vLLM's own dense Swish LLaMA of the same shape")
-    parser.add_argument("--corpus", default="stdlib", help="where prompts come from (default: the standard library's sources)")
+    parser.add_argument(
+        "--corpus", default="stdlib", help="where prompts come from (default: the standard library's sources)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
 
 
@@ -65,14 +69,27 @@ def run(arguments: argparse.Namespace) -> int:
     for column in ("batch", "dense", "auto", "speed-up", *(["vLLM's own Swish"] if arguments.stock else [])):
         table.add_column(column, justify="right")
     for result in results:
-        cells = [f"{result['batch']}", f"{result['dense_tok_s']:.0f}", f"{result['auto_tok_s']:.0f}", f"{result['speedup']:.3f}"]
+        cells = [
+            f"{result['batch']}",
+            f"{result['dense_tok_s']:.0f}",
+            f"{result['auto_tok_s']:.0f}",
+            f"{result['speedup']:.3f}",
+        ]
         table.add_row(*cells, *([f"{result['stock_tok_s']:.0f}"] if arguments.stock else []))
     Console().print(table)
     return 0
 
 
 def measure(
-    checkpoint: Checkpoint, batches: list[int], *, tokens: int, rounds: int, dtype: str, eager: bool, stock: bool, corpus: str
+    checkpoint: Checkpoint,
+    batches: list[int],
+    *,
+    tokens: int,
+    rounds: int,
+    dtype: str,
+    eager: bool,
+    stock: bool,
+    corpus: str,
 ) -> list[DecodeResult]:
     """Time every batch size on every path, the paths in turn within each round."""
     most = max(batches)

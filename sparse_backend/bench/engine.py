@@ -1,9 +1,11 @@
 """A vLLM engine in a process of its own, so that two of them (one per path) can be measured or compared side by side."""
 
+import logging
 import multiprocessing
 import os
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -104,6 +106,10 @@ class _EngineServer:
     def __init__(self, folder: str, options: EngineOptions) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # A benchmark's output is its table: what vLLM and torch say while they start would bury it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch").setLevel(logging.ERROR)
         from vllm import LLM
 
         overrides = (
@@ -122,17 +128,20 @@ class _EngineServer:
             kv_cache_memory_bytes=KV_CACHE_BYTES,
             enable_prefix_caching=False,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=0,
         )
         self._llm.collective_rpc("sparsity_reset")
 
-    def generate(
-        self, prompts: list[list[int]], max_tokens: int, top_logprobs: bool
-    ) -> tuple[list[Generation], float]:
+    def generate(self, prompts: list[list[int]], max_tokens: int, top_logprobs: bool) -> tuple[list[Generation], float]:
         from vllm import SamplingParams
 
         parameters = SamplingParams(
-            temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=2 if top_logprobs else None
+            temperature=0.0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=2 if top_logprobs else None,
         )
         start = time.perf_counter()
         outputs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
@@ -140,7 +149,10 @@ class _EngineServer:
         generations = []
         for output in outputs:
             completion = output.outputs[0]
-            top = [sorted((entry.logprob for entry in step.values()), reverse=True)[:2] for step in completion.logprobs or []]
+            top = [
+                sorted((entry.logprob for entry in step.values()), reverse=True)[:2]
+                for step in completion.logprobs or []
+            ]
             generations.append(Generation(list(completion.token_ids), top))
         return generations, seconds
 

@@ -80,8 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(results, indent=1))
         return 0
-    title = f"{arguments.dtype}, {arguments.d_model} x {arguments.d_ff}, {native.kernel_info().isa}, {torch.get_num_threads()} threads"
-    table = Table(title=title)
+    shape = f"{arguments.dtype}, {arguments.d_model} x {arguments.d_ff}"
+    table = Table(title=f"{shape}, {native.kernel_info().isa}, {torch.get_num_threads()} threads")
     for column in ("rows", "density", "union", "torch dense ms", "sparse ms", "auto ms", "path", "speed-up"):
         table.add_column(column, justify="right")
     for row in results:

@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts (default 64)")
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens per prompt (default 64)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest gap of a near-tie, nats (default 1e-4)")
-    parser.add_argument("--corpus", default="stdlib", help="where prompts come from (default: the standard library's sources)")
+    parser.add_argument(
+        "--corpus", default="stdlib", help="where prompts come from (default: the standard library's sources)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -121,7 +123,16 @@ def _print(result: ParityResult) -> None:
         )
     for path, recounts in result["layers"].items():
         table = Table(title=f"counters, {path} path")
-        for column in ("layer", "rows", "active", "union", "equal to PyTorch's count", "moved in float64", "of gates", "beyond rounding"):
+        for column in (
+            "layer",
+            "rows",
+            "active",
+            "union",
+            "equal to PyTorch's count",
+            "moved in float64",
+            "of gates",
+            "beyond rounding",
+        ):
             table.add_column(column, justify="right")
         for layer in recounts:
             counters = layer["counters"]

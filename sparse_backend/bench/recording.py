@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparse_backend.ffn import op
-from sparse_backend.vllm_plugin.snapshot import PathCounts
+from sparse_backend.vllm_plugin.snapshot import Path, PathCounts
 from sparse_backend.vllm_plugin.worker import SparsityWorkerExtension, path_counts
 
 
@@ -70,7 +70,7 @@ class RecordingWorkerExtension(SparsityWorkerExtension):
                 bound += torch.finfo(torch.bfloat16).eps * exact.abs()
             moved += int(differs.sum())
             beyond += int((differs & ((exact - threshold).abs() > bound)).sum())
-        path = "sparse" if mlp.max_sparse_rows > 0 else "dense"
+        path: Path = "sparse" if mlp.max_sparse_rows > 0 else "dense"
         return {
             "layer": mlp.layer_index,
             "counters": path_counts(mlp)[path],

@@ -144,7 +144,7 @@ def _compile_into(library: Path, compiler: _Compiler) -> None:
         objects = [Path(folder) / f"{Path(unit).stem}.o" for unit in units]
 
         def compile_unit(unit: str, flags: list[str], output: Path) -> None:
-            _call([*compiler.command, *_FLAGS, *flags, "-c", str(SOURCES / unit), "-o", str(output)])
+            _call([*compiler.command, *_FLAGS, *flags, "-c", unit, "-o", str(output)])
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(compile_unit, units.keys(), units.values(), objects))
@@ -157,7 +157,8 @@ def _compile_into(library: Path, compiler: _Compiler) -> None:
 
 
 def _call(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # From within the sources, so that the file names in the library's messages are relative to them.
+    done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BuildError(f"`{shlex.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
 

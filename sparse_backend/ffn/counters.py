@@ -1,7 +1,7 @@
 """The layout of a layer's counters, and what is derived from them.
 
-One int64 tensor [2, 4] per layer, ``counters[path, kind]``; the kernel adds to it, nothing else does. All counts are cumulative; a
-call with no rows counts nothing.
+One int64 tensor [2, 4] per layer, ``counters[path, kind]``; the kernel adds to it, nothing else does. All counts are
+cumulative; a call with no rows counts nothing.
 """
 
 import torch

@@ -14,7 +14,8 @@ _ALIGNMENT = 16
 # Kept alive: dropping the library would take the ops away.
 _library = torch.library.Library("prosparse", "DEF")
 _library.define(
-    "sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, float threshold, Tensor(a!) counters, int max_sparse_rows) -> Tensor",
+    "sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, float threshold, Tensor(a!) counters, int max_sparse_rows)"
+    " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
@@ -32,10 +33,11 @@ def sparse_gated_ffn(
 ) -> torch.Tensor:
     """The gated feed-forward layer: y = (gate * active * up) @ down_t, gate and up = x @ gate_up^T.
 
-    A neuron is active where float32(gate) > float32(threshold) or gate is NaN. Up to ``max_sparse_rows`` rows take the sparse path,
-    which reads the up and down rows of active neurons only and accumulates in float32; more take dense matmuls in the dtype of x.
-    Both give the same result up to rounding, and deterministically so for one number of threads. Weights must be finite: the
-    sparse path does not look at those of neurons that no row activates.
+    A neuron is active where float32(gate) > float32(threshold) or gate is NaN. Up to ``max_sparse_rows`` rows take the
+    sparse path, which reads the up and down rows of active neurons only and keeps gate and up values in float32; more rows
+    take dense products, with gate and up rounded to the dtype of x. Both give the same result up to that rounding, and the
+    same bits for the same input and number of threads. Weights must be finite: the sparse path does not look at those of
+    neurons that no row activates.
 
     Args:
         x: [rows, d_model], bfloat16 or float32; any number of rows, also none.
@@ -102,21 +104,29 @@ def check_arguments(
         if not condition:
             raise RuntimeError(message)
 
-    check(x.dtype in _SUPPORTED_DTYPES, "x must be bfloat16 or float32")
-    for name, tensor in (("x", x), ("gate_up", gate_up), ("down_t", down_t)):
+    def check_matrix(tensor: torch.Tensor, name: str) -> None:
         check(tensor.dim() == 2, f"{name} must be a matrix, but it has {tensor.dim()} dimensions")
         check(tensor.dtype == x.dtype, f"{name} must have the dtype of x")
         check(tensor.is_contiguous(), f"{name} must be contiguous; pass a contiguous copy")
         aligned = tensor.data_ptr() % _ALIGNMENT == 0
         check(aligned, f"{name} must start at a multiple of {_ALIGNMENT} bytes; pass a copy instead of a view")
-    d_model, d_ff = x.shape[1], gate_up.shape[0] // 2
-    for name, tensor, shape, meaning in (
-        ("gate_up", gate_up, [2 * d_ff, d_model], "[2 * d_ff, d_model]"),
-        ("down_t", down_t, [d_ff, d_model], "[d_ff, d_model]"),
-    ):
-        check(list(tensor.shape) == shape, f"{name} must be {meaning} = {shape}, but it is {list(tensor.shape)}")
+
+    check(x.dtype in _SUPPORTED_DTYPES, "x must be bfloat16 or float32")
+    check_matrix(x, "x")
+    check_matrix(gate_up, "gate_up")
+    (gate_up_rows, width), d_model, d_ff = gate_up.shape, x.shape[1], gate_up.shape[0] // 2
+    check(
+        gate_up_rows % 2 == 0 and width == d_model,
+        f"gate_up must be [2 * d_ff, d_model] = [2 * d_ff, {d_model}], but it is [{gate_up_rows}, {width}]",
+    )
     for name, size in (("d_model", d_model), ("d_ff", d_ff)):
         check(size > 0 and size % 8 == 0, f"{name} must be a positive multiple of 8, but it is {size}")
+    check_matrix(down_t, "down_t")
+    expected = [d_ff, d_model]
+    check(
+        list(down_t.shape) == expected,
+        f"down_t must be [d_ff, d_model] = {expected}, but it is {list(down_t.shape)}",
+    )
     check(
         math.isfinite(threshold) and threshold >= 0, f"threshold must be finite and not negative, but it is {threshold}"
     )

@@ -1,4 +1,4 @@
-"""Reading and writing model folders: dense bases, and ProSparse checkpoints without a word of remote code."""
+"""Reading and writing model folders: dense bases, and ProSparse checkpoints that need no remote code."""
 
 import importlib.metadata
 import json
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_backend.activation import Activation
@@ -44,6 +45,8 @@ def check_base(folder: Path) -> str:
         raise UserError(f"BASE {str(folder)!r} is not a model folder: there is no readable {path}.") from None
     except ValueError as error:
         raise UserError(f"BASE: {path} cannot be read as JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise UserError(f"BASE: {path} holds {type(config).__name__} where an object was expected.")
     model_type, activation = config.get("model_type"), config.get("hidden_act")
     if model_type == SparseLlamaConfig.model_type:
         raise UserError(
@@ -76,9 +79,18 @@ def load_model(folder: Path, dtype: torch.dtype, hidden_act: str | None = None) 
     """
     overrides = {} if hidden_act is None else {"hidden_act": hidden_act}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **overrides)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **overrides
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"The model in {str(folder)!r} cannot be loaded: {error}") from None
+    if found["missing_keys"]:
+        # transformers would go on with random values in their place.
+        raise UserError(
+            f"The weights in {str(folder)!r} lack {', '.join(sorted(found['missing_keys'])[:3])}, which its config asks"
+            " for: they do not belong together, or a shard is missing."
+        )
+    return model
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:

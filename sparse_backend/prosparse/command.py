@@ -43,7 +43,7 @@ def runtime_from(args: argparse.Namespace) -> Runtime:
     """Resolve the device and quieten transformers, whose warnings are about uses that do not occur here.
 
     Raises:
-        UserError: a GPU is asked for and there is none, or the progress interval is not positive.
+        UserError: a GPU is asked for and there is none, there are several, or the progress interval is not positive.
     """
     if args.progress_every < 1:
         raise UserError(f"--progress-every is {args.progress_every}: it must be at least 1.")
@@ -51,9 +51,15 @@ def runtime_from(args: argparse.Namespace) -> Runtime:
         raise UserError(
             "--device is cuda, but torch finds no usable NVIDIA GPU here. Take --device cpu, or install a CUDA torch."
         )
+    use_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    if use_gpu and torch.cuda.device_count() > 1:
+        # The Trainer would split every batch over all of them, through threads of this process.
+        raise UserError(
+            f"torch sees {torch.cuda.device_count()} GPUs and this job computes on one. Choose it: set"
+            " CUDA_VISIBLE_DEVICES=0."
+        )
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    use_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     return Runtime(torch.device("cuda" if use_gpu else "cpu"), args.compile, args.progress_every)
 
 

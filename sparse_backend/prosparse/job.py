@@ -10,6 +10,7 @@ What the manifest says of loss and sparsity is measured on held-out documents wi
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from shutil import rmtree
 from time import perf_counter
 
 import torch
@@ -34,7 +35,8 @@ from sparse_backend.prosparse.evaluate import Measurement, measure
 from sparse_backend.prosparse.recipe import SparsifyRecipe, TrainingRecipe, add_flags, with_flags
 from sparse_backend.prosparse.regulariser import L1_REDUCTION
 from sparse_backend.prosparse.schedule import L1Schedule
-from sparse_backend.prosparse.tokens import read_text
+from sparse_backend.prosparse.threshold import SweepPoint
+from sparse_backend.prosparse.tokens import Text, read_text
 from sparse_backend.prosparse.trainer import OPTIMIZER, Runtime, train
 
 NAME = "sparsify"
@@ -74,30 +76,16 @@ def sparsify(base: Path, folder: Path, corpus: Corpus, recipe: SparsifyRecipe, r
     """
     modeling.register()
     base_activation = check_base(base)
-    base_model = load_model(base, torch.bfloat16).to(runtime.device)
-    tokenizer = load_tokenizer(base, base_model.config.vocab_size)
-    if recipe.context > base_model.config.max_position_embeddings:
-        raise UserError(
-            f"--context is {recipe.context}, BASE was made for {base_model.config.max_position_embeddings} tokens"
-            " at most (max_position_embeddings). Take a shorter context."
-        )
-    text = read_text(corpus, tokenizer, recipe.context)
-    base_loss = measure(base_model, text.held_out).loss
+    text, base_loss = _measure_base(base, corpus, recipe, runtime)
     print(f"base: {base_activation}, held-out loss {base_loss:.4f}", flush=True)
-    del base_model
 
     # Steps 1 and 2, one run of the optimiser.
     model = load_model(base, torch.float32, hidden_act="relu")
-    weight = recipe.l1_schedule
-    if base_activation == "relu":
-        print("step 1: BASE computes ReLU already, nothing is replaced", flush=True)
-    else:
-        print(
-            f"step 1: ReLU replaces {base_activation}; λ = 0 for {weight.relu_steps} steps of {recipe.steps}",
-            flush=True,
-        )
-    seconds = train(model, text, recipe, runtime, folder / "trainer", weight)
-    (folder / "trainer").rmdir()
+    schedule = recipe.l1_schedule
+    replaced = "BASE computes ReLU already" if base_activation == "relu" else f"ReLU replaces {base_activation}"
+    print(f"step 1: {replaced}; λ = 0 for {schedule.relu_steps} steps of {recipe.steps}", flush=True)
+    seconds = train(model, text, recipe, runtime, folder / "trainer", schedule)
+    rmtree(folder / "trainer")
     save_weights(model, folder)
     copy_tokenizer(base, folder)
     del model
@@ -106,15 +94,16 @@ def sparsify(base: Path, folder: Path, corpus: Corpus, recipe: SparsifyRecipe, r
     started = perf_counter()
     points = threshold.sweep(load_model(folder, torch.bfloat16).to(runtime.device), text.held_out)
     chosen = threshold.choose(points, recipe.threshold_budget)
-    for point in points:
-        mark = "  <- chosen" if point is chosen else ""
-        print(
-            f"threshold {point.threshold:<7g} held-out loss {point.loss:.4f}  sparsity {point.sparsity:.2%}{mark}",
-            flush=True,
-        )
     activation = threshold.activation_of(chosen.threshold)
     architecture = save_activation(folder, activation)
-    sweep_seconds = perf_counter() - started
+    _print_sweep(points, chosen)
+    sweep = PhaseRecord(
+        name="activation threshold",
+        steps=0,
+        tokens=0,
+        seconds=round(perf_counter() - started, 1),
+        settings={"threshold_budget": recipe.threshold_budget, "sweep": [point.rounded() for point in points]},
+    )
 
     measured = measure(load_model(folder, torch.bfloat16).to(runtime.device), text.held_out)
     manifest = Manifest(
@@ -130,17 +119,7 @@ def sparsify(base: Path, folder: Path, corpus: Corpus, recipe: SparsifyRecipe, r
             train_tokens=len(text.stream),
             held_out_tokens=text.held_out.blocks.numel(),
         ),
-        phases=[
-            *pretraining(base),
-            *_training_phases(recipe, weight, seconds),
-            PhaseRecord(
-                name="activation threshold",
-                steps=0,
-                tokens=0,
-                seconds=round(sweep_seconds, 1),
-                settings={"threshold_budget": recipe.threshold_budget, "sweep": [point.rounded() for point in points]},
-            ),
-        ],
+        phases=[*pretraining(base), *_training_phases(recipe, schedule, seconds), sweep],
         seed=recipe.seed,
         versions=versions(),
         device=device_name(runtime.device),
@@ -157,14 +136,34 @@ def sparsify(base: Path, folder: Path, corpus: Corpus, recipe: SparsifyRecipe, r
     return manifest
 
 
-def _training_phases(recipe: SparsifyRecipe, weight: L1Schedule, seconds: list[float]) -> list[PhaseRecord]:
+def _measure_base(base: Path, corpus: Corpus, recipe: SparsifyRecipe, runtime: Runtime) -> tuple[Text, float]:
+    """The corpus in the base's tokens, and the base's held-out loss."""
+    model = load_model(base, torch.bfloat16).to(runtime.device)
+    longest = model.config.max_position_embeddings
+    if recipe.context > longest:
+        raise UserError(
+            f"--context is {recipe.context}, BASE was made for {longest} tokens at most (max_position_embeddings)."
+            " Take a shorter context."
+        )
+    text = read_text(corpus, load_tokenizer(base, model.config.vocab_size), recipe.context)
+    return text, measure(model, text.held_out).loss
+
+
+def _print_sweep(points: list[SweepPoint], chosen: SweepPoint) -> None:
+    for point in points:
+        mark = "  <- chosen" if point is chosen else ""
+        figures = f"held-out loss {point.loss:.4f}  sparsity {point.sparsity:.2%}"
+        print(f"step 3: threshold {point.threshold:<7g}  {figures}{mark}", flush=True)
+
+
+def _training_phases(recipe: SparsifyRecipe, schedule: L1Schedule, seconds: list[float]) -> list[PhaseRecord]:
     """Steps 1 and 2; the settings of the optimiser run, which both share, are with step 1."""
-    end = weight.relu_steps
+    end = schedule.relu_steps
     relu_seconds = seconds[end - 1] if end else 0.0
     run = recipe.model_dump(include=set(TrainingRecipe.model_fields)) | {"optimizer": OPTIMIZER}
     l1 = recipe.model_dump(include={"schedule", "l1"}) | {
         "l1_reduction": L1_REDUCTION,
-        "l1_stages": [asdict(stage) for stage in weight.stages],
+        "l1_stages": [asdict(stage) for stage in schedule.stages],
     }
     phases = [
         ("ReLU substitution", end, relu_seconds, run | {"relu_share": recipe.relu_share}),

@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -42,7 +43,7 @@ PRESETS = {
         layers=8,
         heads=4,
         kv_heads=2,
-        recipe=TrainingRecipe(tokens=200_000_000, context=2048, batch=32, learning_rate=3e-3),
+        recipe=TrainingRecipe(tokens=100_000_000, context=2048, batch=32, learning_rate=3e-3),
     ),
     # 0.2 M parameters, trained in seconds on a CPU: for tests of the commands, not for its text.
     "tiny": Preset(
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             flush=True,
         )
         seconds = train(model, text, recipe, runtime, folder / "trainer")
-        (folder / "trainer").rmdir()
+        rmtree(folder / "trainer")
         save_weights(model, folder)
         tokenizer.save_pretrained(folder)
         save_pretraining(

@@ -1,5 +1,6 @@
 """Up to how many rows each layer takes the sparse path: our setting ``ffn_path``, resolved against the measured table."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -45,10 +46,12 @@ def _resolve(vllm_config: VllmConfig, ffn_path: Literal["auto", "sparse", "dense
         return [ALWAYS_SPARSE] * n_layers
     if ffn_path == "dense":
         return [ALWAYS_DENSE] * n_layers
+    densities: Sequence[float | None] = [None] * n_layers
     folder = Path(vllm_config.model_config.model)
-    densities = Checkpoint.open(folder, verify=False).layer_densities if folder.is_dir() else None
+    if folder.is_dir():
+        densities = Checkpoint.open(folder, verify=False).layer_densities or densities
     d_ff = config.intermediate_size // get_tensor_model_parallel_world_size()
     return [
         paths.max_sparse_rows(vllm_config.model_config.dtype, config.hidden_size, d_ff, density)
-        for density in densities or [None] * n_layers
+        for density in densities
     ]

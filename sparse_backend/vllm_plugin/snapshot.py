@@ -65,7 +65,10 @@ def merge(snapshots: list[SparsitySnapshot]) -> SparsitySnapshot:
         for layer in snapshot["layers"]:
             whole = merged.get(layer["layer"])
             if whole is None:
-                merged[layer["layer"]] = {**layer, "paths": {path: {**counts} for path, counts in layer["paths"].items()}}
+                merged[layer["layer"]] = {
+                    **layer,
+                    "paths": {path: {**counts} for path, counts in layer["paths"].items()},
+                }
                 continue
             whole["d_ff"] += layer["d_ff"]
             for path, counts in layer["paths"].items():

@@ -11,5 +11,5 @@ def test_reads_a_list() -> None:
 
 @pytest.mark.parametrize("text", ["", "1,,2", "a", "0,1", "1.5", "-3"])
 def test_refuses_what_is_no_list_of_positive_numbers(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="whole numbers|below 1"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"whole numbers|below 1"):
         row_counts(text)

@@ -1,4 +1,3 @@
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,11 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.wait_ready()
         yield server
     finally:
-        try:
-            if server.process.poll() is None:
-                server.stop()
-        except subprocess.TimeoutExpired:
-            server.kill_rest()
+        server.close()
 
 
 @pytest.fixture

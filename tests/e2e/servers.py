@@ -30,6 +30,8 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
+        # One client for all: making one takes longer than most requests.
+        self._client = httpx.Client(base_url=self.url, timeout=30)
         command = [str(PROSPARSE), "serve", str(model), "--port", str(self.port), *flags]
         with log.open("wb") as output:
             # A session of its own, so that a test can signal the whole group as a terminal does.
@@ -37,7 +39,11 @@ class Server:
 
     def get(self, path: str) -> httpx.Response:
         """GET one path."""
-        return httpx.get(self.url + path, timeout=30)
+        return self._client.get(path)
+
+    def post(self, path: str, body: object) -> httpx.Response:
+        """POST JSON to one path."""
+        return self._client.post(path, json=body)
 
     def wait_listening(self) -> None:
         """Until the server answers at all."""
@@ -58,16 +64,16 @@ class Server:
             time.sleep(0.2)
         raise AssertionError(f"the server did not answer {path} with 200 in {limit} s:\n{self.log.read_text()}")
 
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal and return the exit status."""
-        self.process.send_signal(number)
-        return self.process.wait(60)
-
-    def kill_rest(self) -> None:
-        """End whatever is left of the server's processes."""
+    def close(self) -> None:
+        """End the server if it still runs, the hard way if it must be."""
+        self._client.close()
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(30)
+            self.process.terminate()
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(60)
 
     def processes(self) -> list[int]:
         """Processes of the server's session that are still there, zombies aside."""

@@ -5,7 +5,6 @@ import json
 import re
 import threading
 
-import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -50,7 +49,7 @@ def test_start_up_ends_with_address_kernel_and_a_command_that_works(server):
         rf"prosparse: ready at {server.url} after \d+ s, model demo, kernel (cpu|reference) \(.+\)", ready
     )
     body = re.search(r"-d '(.+)'", try_).group(1)
-    answer = httpx.post(server.url + "/v1/completions", json=json.loads(body), timeout=60)
+    answer = server.post("/v1/completions", json.loads(body))
     assert answer.json()["usage"]["completion_tokens"] > 0
 
 
@@ -142,11 +141,10 @@ def test_two_clients_at_once_get_what_each_gets_alone(server):
 
 
 def test_tokenize_and_back(server):
-    tokens = httpx.post(
-        server.url + "/tokenize", json={"model": MODEL, "prompt": PROMPT, "add_special_tokens": False}
-    ).json()["tokens"]
+    request = {"model": MODEL, "prompt": PROMPT, "add_special_tokens": False}
+    tokens = server.post("/tokenize", request).json()["tokens"]
     assert len(tokens) < len(PROMPT)
-    assert httpx.post(server.url + "/detokenize", json={"model": MODEL, "tokens": tokens}).json()["prompt"] == PROMPT
+    assert server.post("/detokenize", {"model": MODEL, "tokens": tokens}).json()["prompt"] == PROMPT
 
 
 def test_version_documentation_and_probes(server):

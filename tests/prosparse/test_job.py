@@ -166,6 +166,7 @@ def test_no_budget_gives_a_relu_model_that_is_then_taken_as_a_base(
 
 BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "not a folder": (shutil.rmtree, ["BASE", "not a model folder"]),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "list"]),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
     "other family": (lambda f: edit_config(f, model_type="opt"), ["model_type 'opt'", "LLaMA"]),
     "ProSparse already": (lambda f: edit_config(f, model_type="sparsellama"), ["all three steps already"]),
@@ -173,10 +174,17 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "biases": (lambda f: edit_config(f, mlp_bias=True), ["mlp_bias"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["safetensors"]),
     "weights of another shape": (lambda f: edit_config(f, intermediate_size=128), ["cannot be loaded"]),
+    "truncated weights": (lambda f: _truncate(f / "model.safetensors"), ["cannot be loaded"]),
+    "missing layer": (lambda f: edit_config(f, num_hidden_layers=3), ["model.layers.2", "do not belong together"]),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer"]),
-    "tokenizer of another model": (lambda f: _grow_tokenizer(f), ["tokenizer", "vocab_size 512"]),
+    "unreadable tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ["no tokenizer"]),
+    "tokenizer of another model": (lambda f: _grow_tokenizer(f), ["tokenizer", "vocab_size"]),
     "short context": (lambda f: edit_config(f, max_position_embeddings=64), ["--context is 128", "64 tokens"]),
 }
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def _grow_tokenizer(folder: Path) -> None:

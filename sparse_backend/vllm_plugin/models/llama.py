@@ -67,9 +67,13 @@ class SparseLlamaForCausalLM(LlamaForCausalLM):
             ValueError: LoRA or quantisation is asked for, which the op does not know yet and would silently ignore.
         """
         if vllm_config.lora_config is not None:
-            raise ValueError("--enable-lora: the sparse feed-forward layers do not apply LoRA adapters; serve without it.")
+            raise ValueError(
+                "--enable-lora: the sparse feed-forward layers do not apply LoRA adapters; serve without it."
+            )
         if vllm_config.quant_config is not None:
-            raise ValueError("--quantization: the sparse feed-forward layers need bfloat16 or float32 weights; serve without it.")
+            raise ValueError(
+                "--quantization: the sparse feed-forward layers need bfloat16 or float32 weights; serve without it."
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=SparseLlamaDecoderLayer)
 
     def process_weights_after_loading(self) -> None:

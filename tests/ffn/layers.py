@@ -1,0 +1,78 @@
+"""Random layers for the tests of the op."""
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+
+from sparse_backend.ffn import counters, op, reference
+
+ALL_SPARSE = 2**31 - 1
+ALL_DENSE = 0
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: x [rows, d_model], gate_up [2 * d_ff, d_model], down_t [d_ff, d_model]."""
+
+    x: torch.Tensor
+    gate_up: torch.Tensor
+    down_t: torch.Tensor
+    threshold: float
+
+    @classmethod
+    def random(
+        cls,
+        rows: int,
+        d_model: int,
+        d_ff: int,
+        dtype: torch.dtype,
+        *,
+        density: float = 0.2,
+        threshold: float = 0.0,
+        seed: int = 0,
+    ) -> "Case":
+        """Gate values are normal around a mean that puts the share ``density`` of them above ``threshold``."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(rows, d_model, generator=generator)
+        gate_up = torch.randn(2 * d_ff, d_model, generator=generator) / d_model**0.5
+        down_t = torch.randn(d_ff, d_model, generator=generator) / d_ff**0.5
+        x[:, 0] = 1
+        far = 50.0
+        shift = NormalDist().inv_cdf(density) if 0 < density < 1 else (-far if density == 0 else far)
+        gate_up[:d_ff, 0] = threshold + shift
+        return cls(x.to(dtype), gate_up.to(dtype), down_t.to(dtype), threshold)
+
+    def run(self, max_sparse_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The op's y and the counters of this one call."""
+        counted = counters.new_counters()
+        y = op.sparse_gated_ffn(self.x, self.gate_up, self.down_t, self.threshold, counted, max_sparse_rows)
+        return y, counted
+
+    def gates(self, max_sparse_rows: int) -> torch.Tensor:
+        """The gate values the op compares."""
+        return op.gate_values(self.x, self.gate_up, max_sparse_rows)
+
+    def exact(self, active: torch.Tensor) -> torch.Tensor:
+        """y in float64, with the given neurons active."""
+        gate, up = (self.x.double() @ self.gate_up.double().t()).chunk(2, dim=1)
+        return (torch.where(active, gate, 0) * up) @ self.down_t.double()
+
+    def error(self, y: torch.Tensor, gates: torch.Tensor) -> float:
+        """Largest difference of ``y`` from float64 with the neurons active that ``gates`` make so.
+
+        Which neurons are active is taken over: one on the threshold may fall to either side, which is no error of arithmetic.
+        """
+        active = reference.active_neurons(gates, self.threshold)
+        return (y.double() - self.exact(active)).abs().max().item()
+
+    def magnitude(self) -> float:
+        """The largest sum of absolute values that an output of this layer could be made of."""
+        gate, up = (self.x.double().abs() @ self.gate_up.double().abs().t()).chunk(2, dim=1)
+        return ((gate * up) @ self.down_t.double().abs()).max().item() if self.x.shape[0] else 0.0
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """y and gate values of plain PyTorch in the dtype of x."""
+        y = reference.dense_gated_ffn(self.x, self.gate_up, self.down_t, self.threshold, counters.new_counters())
+        return y, self.gates(ALL_DENSE)
