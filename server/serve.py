@@ -164,7 +164,15 @@ class Server:
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not self._stop.is_set():
             stopped.cancel()
-            return await starting
+            try:
+                return await starting
+            except UserError:
+                raise
+            except Exception as error:
+                # vLLM reports the cause where it happens, in a process of its own, and raises something general here.
+                say(f"error: the engine did not start: {' '.join(str(error).split())} Its own messages are above.")
+                self._exit_status = 1
+                return None
         say("stopping before the engine is up")
         while not starting.done():
             self._kill_engines()

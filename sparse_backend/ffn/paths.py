@@ -41,6 +41,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _ALL_SPARSE, _ALL_DENSE = 2**31 - 1, 0
 _BUDGET_S = 9.0
 _REPEATS = 5
+_MARGIN = 0.03  # ties go to the dense path, whose time grows more slowly up to the next measured row count
 _HOPELESS = 1.25  # a density is given up after two row counts in a row at which sparse takes so many times dense
 _MAX_LAYERS = 32
 _MAX_BYTES = 2**30  # of random layers, unless a single one is larger
@@ -57,27 +58,30 @@ class Timing(BaseModel):
 
 
 class PathTable(BaseModel):
-    """What was measured for one dtype, shape and number of threads: per density, timings by ascending row count."""
+    """What was measured for one dtype, shape and number of threads."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    limits: dict[float, int]
+    """Per measured density, up to how many rows the sparse path pays."""
     timings: dict[float, list[Timing]]
+    """Per measured density, what the limit was read from, by ascending row count."""
 
     def max_sparse_rows(self, density: float) -> int:
         """The limit for the next measured density at or above ``density``."""
-        measured = sorted(self.timings)
+        measured = sorted(self.limits)
         at_or_above = [candidate for candidate in measured if candidate >= density]
-        return best_limit(self.timings[at_or_above[0] if at_or_above else measured[-1]])
+        return self.limits[at_or_above[0] if at_or_above else measured[-1]]
 
 
-def best_limit(timings: list[Timing]) -> int:
-    """The row count up to which taking the sparse path costs least over all measured row counts; 0 if it never pays.
+def best_limit(timings: list[Timing], start: int = 0) -> int:
+    """The row count up to which taking the sparse path costs least over all measured row counts; ``start`` if none pays.
 
     Costs are compared as logarithms of time, so that a microsecond at one row weighs as much as its share of the call.
     """
-    limit, best, gain = 0, 0.0, 0.0
+    limit, best, gain = start, 0.0, 0.0
     for timing in timings:
-        gain += math.log(timing.dense_ms / timing.sparse_ms)
+        gain += math.log(timing.dense_ms / timing.sparse_ms) - _MARGIN
         if gain > best:
             limit, best = timing.rows, gain
     return limit
@@ -140,30 +144,36 @@ def _measure(dtype: torch.dtype, d_model: int, d_ff: int) -> PathTable:
 
         return call
 
+    limits: dict[float, int] = {}
     timings: dict[float, list[Timing]] = {}
+    limit = 0
     with torch.inference_mode():
-        for index, density in enumerate(DENSITIES):
+        # From the densest on: what pays there pays with fewer active neurons all the more, and need not be measured again.
+        for index, density in enumerate(reversed(DENSITIES)):
             share = time.perf_counter() + (deadline - time.perf_counter()) / (len(DENSITIES) - index)
             for layer in layers:
                 layer.set_density(density)
-            timings[density] = list(_measure_density(timer, dtype, d_model, generator, share))
-    return PathTable(timings=timings)
+            timings[density] = list(_measure_density(timer, limit, dtype, d_model, generator, share))
+            limits[density] = limit = best_limit(timings[density], limit)
+    return PathTable(limits=limits, timings=timings)
 
 
 def _measure_density(
     timer: Callable[[torch.Tensor, int], Callable[[], float]],
+    known: int,
     dtype: torch.dtype,
     d_model: int,
     generator: torch.Generator,
     deadline: float,
 ) -> Iterator[Timing]:
+    """Timings of the row counts above ``known``, up to where the sparse path has clearly lost."""
     hopeless = 0
-    for rows in ROWS:
+    for rows in (rows for rows in ROWS if rows > known):
         x = synthetic.inputs(rows, dtype, d_model, generator)
         sparse, dense = timer(x, _ALL_SPARSE), timer(x, _ALL_DENSE)
         sparse(), dense()
         samples: list[tuple[float, float]] = []
-        while len(samples) < 2 or (len(samples) < _REPEATS and time.perf_counter() < deadline):
+        while not samples or (len(samples) < _REPEATS and time.perf_counter() < deadline):
             samples.append((sparse(), dense()))
         timing = Timing(
             rows=rows,
@@ -172,7 +182,7 @@ def _measure_density(
         )
         yield timing
         hopeless = hopeless + 1 if timing.sparse_ms > _HOPELESS * timing.dense_ms else 0
-        if hopeless == 2 or time.perf_counter() > deadline:
+        if hopeless == 2:
             return
 
 
@@ -238,11 +248,10 @@ def run(arguments: argparse.Namespace) -> int:
     native.require()
     check_shape(arguments.d_model, arguments.d_ff)
     table = path_table(DTYPES[arguments.dtype], arguments.d_model, arguments.d_ff, remeasure=arguments.remeasure)
-    limits = {density: best_limit(timings) for density, timings in sorted(table.timings.items())}
     if arguments.json:
         rows = [
             {"density": density, "max_sparse_rows": limit, "timings": [t.model_dump() for t in table.timings[density]]}
-            for density, limit in limits.items()
+            for density, limit in sorted(table.limits.items())
         ]
         print(json.dumps(rows, indent=1))
         return 0
@@ -250,10 +259,9 @@ def run(arguments: argparse.Namespace) -> int:
     shown = Table(
         title=f"{arguments.dtype}, {arguments.d_model} x {arguments.d_ff}, {info.isa}, {torch.get_num_threads()} threads"
     )
-    for column in ("density", "sparse up to rows", "time at that limit, of dense"):
+    for column in ("density", "sparse up to rows"):
         shown.add_column(column, justify="right")
-    for density, limit in limits.items():
-        at = next((timing for timing in table.timings[density] if timing.rows == limit), None)
-        shown.add_row(f"{density:g}", str(limit), f"{at.sparse_ms / at.dense_ms:.2f}" if at else "-")
+    for density, limit in sorted(table.limits.items()):
+        shown.add_row(f"{density:g}", str(limit))
     Console().print(shown)
     return 0

@@ -7,13 +7,13 @@ import torch
 from sparse_backend.bench import ffn
 from sparse_backend.errors import UserError
 from sparse_backend.ffn import paths
-from sparse_backend.ffn.paths import PathTable, Timing
+from sparse_backend.ffn.paths import PathTable
 from tests.ffn.layers import ALL_SPARSE, Case
 
 
 @pytest.fixture(autouse=True)
 def sparse_up_to_two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = PathTable(timings={1.0: [Timing(rows=2, sparse_ms=1, dense_ms=2)]})
+    table = PathTable(limits={1.0: 2}, timings={})
     monkeypatch.setattr(paths, "path_table", lambda *_: table)
     monkeypatch.setattr(ffn, "_MAX_LAYERS", 3)
 

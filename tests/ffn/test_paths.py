@@ -24,6 +24,8 @@ def timings(*ratios: float, rows: tuple[int, ...] = paths.ROWS) -> list[Timing]:
         ((1.1, 1.2), 0),
         ((0.9, 0.9), 2),
         ((), 0),
+        # A tie is no gain.
+        ((0.9, 0.99, 0.98), 1),
         # One bad reading among good ones, one good among bad ones.
         ((0.4, 1.05, 0.7, 1.3), 3),
         ((0.9, 1.3, 0.95, 1.3), 1),
@@ -33,8 +35,14 @@ def test_best_limit(ratios: tuple[float, ...], limit: int) -> None:
     assert paths.best_limit(timings(*ratios)) == limit
 
 
+def test_a_denser_measurement_is_where_the_limit_starts() -> None:
+    above_8 = tuple(rows for rows in paths.ROWS if rows > 8)
+    assert paths.best_limit(timings(1.2, 1.5, rows=above_8), 8) == 8
+    assert paths.best_limit(timings(0.9, 1.5, rows=above_8), 8) == 12
+
+
 def test_the_next_measured_density_at_or_above_counts() -> None:
-    table = PathTable(timings={0.1: timings(0.5, 0.5, 0.5), 0.5: timings(0.5, 0.5), 1.0: timings(0.5)})
+    table = PathTable(limits={1.0: 1, 0.5: 2, 0.1: 3}, timings={})
     assert [table.max_sparse_rows(density) for density in (0.0, 0.1, 0.11, 0.5, 0.7, 1.0)] == [3, 3, 2, 2, 1, 1]
 
 
@@ -46,7 +54,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int,
 
     def measure(_dtype: torch.dtype, d_model: int, d_ff: int) -> PathTable:
         calls.append((d_model, d_ff))
-        return PathTable(timings={1.0: timings(*[0.5] * len(calls))})
+        return PathTable(limits={1.0: len(calls)}, timings={1.0: timings(0.5)})
 
     monkeypatch.setattr(paths, "_measure", measure)
     return calls
@@ -70,7 +78,7 @@ def test_a_number_of_threads_has_its_own_table(measured: list[tuple[int, int]], 
 def test_remeasuring_replaces(measured: list[tuple[int, int]]) -> None:
     paths.path_table(torch.bfloat16, 64, 128)
     paths.path_table(torch.bfloat16, 64, 128, remeasure=True)
-    assert len(paths.path_table(torch.bfloat16, 64, 128).timings[1.0]) == len(measured) == 2
+    assert paths.path_table(torch.bfloat16, 64, 128).limits[1.0] == len(measured) == 2
 
 
 @pytest.mark.parametrize(
@@ -122,9 +130,12 @@ def test_command_measures_for_real(
     assert paths.run(arguments(json=True)) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [entry["density"] for entry in listed] == list(paths.DENSITIES)
-    for entry in listed:
-        assert entry["max_sparse_rows"] in {0, *paths.ROWS}
-        assert all(timing["sparse_ms"] > 0 and timing["dense_ms"] > 0 for timing in entry["timings"])
+    limits = [entry["max_sparse_rows"] for entry in listed]
+    assert limits == sorted(limits, reverse=True)
+    assert set(limits) <= {0, *paths.ROWS}
+    timed = [timing for entry in listed for timing in entry["timings"]]
+    assert timed[0]["rows"] >= 1
+    assert all(timing["sparse_ms"] > 0 and timing["dense_ms"] > 0 for timing in timed)
     assert paths.run(arguments()) == 0
     assert "density" in capsys.readouterr().out
 

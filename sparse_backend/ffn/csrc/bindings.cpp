@@ -42,9 +42,10 @@ Shape check_gate(const Tensor& x, const Tensor& gate_up) {
   check_matrix(x, "x", x.scalar_type());
   check_matrix(gate_up, "gate_up", x.scalar_type());
   const Shape shape{x.size(0), x.size(1), gate_up.size(0) / 2};
-  STD_TORCH_CHECK(gate_up.size(0) % 2 == 0 && gate_up.size(1) == shape.d_model, "gate_up must be [2 * d_ff, d_model] = [2 * d_ff, ",
-                  shape.d_model, "], but it is [", gate_up.size(0), ", ", gate_up.size(1), "]");
-  STD_TORCH_CHECK(shape.d_model > 0 && shape.d_model % 8 == 0, "d_model must be a positive multiple of 8, but it is ", shape.d_model);
+  STD_TORCH_CHECK(gate_up.size(0) % 2 == 0 && gate_up.size(1) == shape.d_model,
+                  "gate_up must be [2 * d_ff, d_model] = [2 * d_ff, ", shape.d_model, "], but it is [", gate_up.size(0), ", ", gate_up.size(1), "]");
+  STD_TORCH_CHECK(shape.d_model > 0 && shape.d_model % 8 == 0, "d_model must be a positive multiple of 8, but it is ",
+                  shape.d_model);
   STD_TORCH_CHECK(shape.d_ff > 0 && shape.d_ff % 8 == 0, "d_ff must be a positive multiple of 8, but it is ", shape.d_ff);
   return shape;
 }
@@ -68,7 +69,7 @@ Tensor matrix(int64_t rows, int64_t columns, ScalarType dtype) {
 Tensor linear(const Tensor& x, const Tensor& weight) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(std::optional<Tensor>())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -97,8 +98,8 @@ Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshol
     const Tensor gate_up_out = linear(x, gate_up);
     Tensor h = matrix(shape.rows, shape.d_ff, x.scalar_type());
     counts = kernels().launch_activation(dtype, shape, gate_up_out.const_data_ptr(), limit, h.mutable_data_ptr(), pool);
-    if (dtype == Dtype::kBFloat16) {
-      kernels().launch_down(dtype, shape, h.const_data_ptr(), down_t.const_data_ptr(), y.mutable_data_ptr(), pool);
+    if (dtype == Dtype::kBFloat16 && kernels().launch_down_bf16) {
+      kernels().launch_down_bf16(shape, h.const_data_ptr(), down_t.const_data_ptr(), y.mutable_data_ptr(), pool);
     } else {
       y = torch::stable::matmul(h, down_t);
     }

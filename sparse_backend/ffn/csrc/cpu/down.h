@@ -4,7 +4,7 @@
 //   Hidden                     element type of h
 //   kDepth                     neurons that one multiply_add joins
 //   kColumnVecs, kDownRows     the register tile: column vectors x rows
-//   kTileRows                  from so many rows on tile_down takes over, 16 rows x the register tile's columns (0: there is none)
+//   kTileRows                  from so many rows on tile_down takes over, 16 rows x the register tile's columns (0: none)
 #pragma once
 
 #include "support.h"

@@ -379,7 +379,13 @@ const T* as(const void* pointer) {
   return static_cast<const T*>(pointer);
 }
 
-template <class Bf16, class F32>
+template <class K>
+void launch_dense_down(Shape shape, const void* h, const void* down_t, void* y, ThreadPool pool) {
+  using Weight = typename K::Weight;
+  dense_down<K>(shape, as<Weight>(h), as<Weight>(down_t), static_cast<Weight*>(y), pool);
+}
+
+template <class Bf16, class F32, auto kDown>
 constexpr Kernels make_kernels(const char* isa) {
   return {
       isa,
@@ -400,11 +406,7 @@ constexpr Kernels make_kernels(const char* isa) {
                    ? activation(shape, as<uint16_t>(gate_up_out), threshold, static_cast<uint16_t*>(h), pool)
                    : activation(shape, as<float>(gate_up_out), threshold, static_cast<float*>(h), pool);
       },
-      [](Dtype dtype, Shape shape, const void* h, const void* down_t, void* y, ThreadPool pool) {
-        dtype == Dtype::kBFloat16
-            ? dense_down<Bf16>(shape, as<uint16_t>(h), as<uint16_t>(down_t), static_cast<uint16_t*>(y), pool)
-            : dense_down<F32>(shape, as<float>(h), as<float>(down_t), static_cast<float*>(y), pool);
-      },
+      kDown,
   };
 }
 

@@ -3,5 +3,5 @@
 #include "traits_portable.h"
 
 namespace prosparse::cpu {
-constexpr Kernels kPortableKernels = make_kernels<Portable<uint16_t>, Portable<float>>("portable");
+constexpr Kernels kPortableKernels = make_kernels<Portable<uint16_t>, Portable<float>, nullptr>("portable");
 }  // namespace prosparse::cpu

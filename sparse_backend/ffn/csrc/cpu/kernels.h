@@ -44,8 +44,9 @@ struct Kernels {
   // h = (active ? gate : 0) * up for the dense path: gate_up_out [rows, 2 * d_ff], h [rows, d_ff].
   Counts (*launch_activation)(Dtype, Shape, const void* gate_up_out, float threshold, void* h, ThreadPool);
 
-  // y = h @ down_t for the dense path: h [rows, d_ff], down_t [d_ff, d_model], y [rows, d_model].
-  void (*launch_down)(Dtype, Shape, const void* h, const void* down_t, void* y, ThreadPool);
+  // y = h @ down_t in bfloat16 for the dense path: h [rows, d_ff], down_t [d_ff, d_model], y [rows, d_model]. oneDNN takes up to
+  // twice as long for down_t as for the layout of a checkpoint, [d_model, d_ff]; this does not. Null where torch does better.
+  void (*launch_down_bf16)(Shape, const void* h, const void* down_t, void* y, ThreadPool);
 };
 
 // The kernels in use: the first of available_isas() unless select_isa() said otherwise.
