@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SERVE_READY := $(VENV)/.ready-$(DEVICE)
 DEV_READY := $(VENV)/.ready-dev
 
-.PHONY: serve test install build lint types contracts unit format clean
+.PHONY: serve test test-gpu install build lint types contracts unit format clean
 .DELETE_ON_ERROR:
 
 serve: $(SERVE_READY)
@@ -37,6 +37,10 @@ contracts: $(DEV_READY)
 
 unit: $(DEV_READY)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# What needs an NVIDIA GPU, with the machine's own Python: CI has none, results are kept under docs/results/.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests/gpu
 
 format: $(DEV_READY)
 	$(BIN)/ruff check --fix .

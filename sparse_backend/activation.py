@@ -44,8 +44,8 @@ class Activation(BaseModel):
             threshold = config.get("hidden_act_param")
             if isinstance(threshold, bool) or not isinstance(threshold, int | float):
                 raise UserError(
-                    f"hidden_act is 'fatrelu' but hidden_act_param is {threshold!r}. It must be the activation threshold, a number"
-                    " of 0 or more (ProSparse-7B has 0.01): set it in config.json."
+                    f"hidden_act is 'fatrelu' but hidden_act_param is {threshold!r}. It must be the activation threshold, a"
+                    " number of 0 or more (ProSparse-7B has 0.01): set it in config.json."
                 )
             if not math.isfinite(threshold) or threshold < 0:
                 raise UserError(

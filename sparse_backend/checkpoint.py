@@ -176,8 +176,8 @@ class Checkpoint:
         where = self.folder / MANIFEST_NAME
         if manifest.activation != self.activation:
             raise UserError(
-                f"{where} says the activation is {manifest.activation}, config.json says {self.activation}. One of them was edited"
-                " after the checkpoint was made: restore it, or delete the manifest if you mean the change."
+                f"{where} says the activation is {manifest.activation}, config.json says {self.activation}. One of them was"
+                " edited after the checkpoint was made: restore it, or delete the manifest if you mean the change."
             )
         if len(manifest.layers) != self.n_layers:
             raise UserError(
@@ -274,6 +274,6 @@ def _read_manifest(folder: Path) -> Manifest | None:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"{path} is not a manifest of this version: {field}: {first['msg']}. Restore the file the offline job wrote, or delete"
-            " it to load the folder without one."
+            f"{path} is not a manifest of this version: {field}: {first['msg']}. Restore the file the offline job wrote, or"
+            " delete it to load the folder without one."
         ) from None

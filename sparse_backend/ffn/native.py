@@ -60,8 +60,10 @@ def load() -> bool:
     return True
 
 
-def kernel_info() -> KernelInfo:
-    """Which implementation is in use."""
+def kernel_info(device_type: str = "cpu") -> KernelInfo:
+    """Which implementation is in use for tensors on a device type ("cpu", "cuda")."""
+    if device_type != "cpu":
+        return KernelInfo("reference", "", f"there are no {device_type} kernels yet")
     load()
     library = _library()
     if isinstance(library, str):

@@ -138,3 +138,5 @@ def check_arguments(
 
 if not native.load():
     _library.impl("sparse_gated_ffn", _reference_gated_ffn, "CPU")
+# There are no CUDA kernels yet.
+_library.impl("sparse_gated_ffn", _reference_gated_ffn, "CUDA")

@@ -12,7 +12,9 @@ from sparse_backend.ffn.counters import ACTIVE, DENSE, ROWS, SPARSE, STEPS, UNIO
 
 def active_neurons(gate: torch.Tensor, threshold: float) -> torch.Tensor:
     """Which gate values [rows, d_ff] are active, bool; the comparison is in float32 whatever the dtype of ``gate``."""
-    return ~(gate.float() <= torch.tensor(threshold, dtype=torch.float32, device=gate.device))
+    # A Python number is compared in the tensor's dtype: float32. A tensor made of it here would be copied to the device anew at
+    # each call, which a CUDA graph cannot capture.
+    return ~(gate.float() <= threshold)
 
 
 def count(counters: torch.Tensor, path: int, active: torch.Tensor) -> None:

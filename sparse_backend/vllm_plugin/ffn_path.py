@@ -7,9 +7,10 @@ from typing import Literal, cast
 from pydantic import BaseModel, ConfigDict
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.platforms import current_platform
 
 from sparse_backend.checkpoint import Checkpoint
-from sparse_backend.ffn import paths
+from sparse_backend.ffn import native, paths
 
 ALWAYS_SPARSE = 2**31 - 1
 ALWAYS_DENSE = 0
@@ -42,10 +43,10 @@ def max_sparse_rows_per_layer(vllm_config: VllmConfig) -> list[int]:
 def _resolve(vllm_config: VllmConfig, ffn_path: Literal["auto", "sparse", "dense"]) -> list[int]:
     config = vllm_config.model_config.hf_config
     n_layers: int = config.num_hidden_layers
+    if ffn_path == "dense" or native.kernel_info(current_platform.device_type).name == "reference":
+        return [ALWAYS_DENSE] * n_layers
     if ffn_path == "sparse":
         return [ALWAYS_SPARSE] * n_layers
-    if ffn_path == "dense":
-        return [ALWAYS_DENSE] * n_layers
     densities: Sequence[float | None] = [None] * n_layers
     folder = Path(vllm_config.model_config.model)
     if folder.is_dir():

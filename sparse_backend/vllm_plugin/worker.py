@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sparse_backend.ffn import native
 from sparse_backend.ffn.counters import ACTIVE, ROWS, STEPS, UNION
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
@@ -12,6 +14,7 @@ class SparsityWorkerExtension:
     """Mixed into vLLM's worker class; each method is callable through ``collective_rpc`` by its name."""
 
     if TYPE_CHECKING:
+        device: torch.device
         model_runner: Any
 
     def _sparse_mlps(self) -> list[SparseGatedMLP]:
@@ -19,7 +22,7 @@ class SparsityWorkerExtension:
 
     def sparsity_snapshot(self) -> SparsitySnapshot:
         """Copy the counters of every feed-forward layer this worker holds."""
-        kernel = native.kernel_info()
+        kernel = native.kernel_info(self.device.type)
         return {
             "kernel": {"name": kernel.name, "isa": kernel.isa, "reason": kernel.reason},
             "layers": [_layer_snapshot(mlp) for mlp in self._sparse_mlps()],
