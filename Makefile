@@ -1,12 +1,15 @@
 # make serve   install what is missing, then serve the demo checkpoint on the CPU: http://127.0.0.1:8000
-# make serve DEVICE=cuda MODEL=FOLDER   the same on a GPU machine with a checkpoint of yours
+# make serve MODEL=FOLDER PORT=9000   the same with another checkpoint folder and port
+# make serve DEVICE=cuda MODEL=FOLDER   the same on a GPU machine
 # make test    install what is missing, then every check: lint, types, import contracts, tests
-PYTHON ?= python3
-DEVICE ?= cpu
-MODEL ?= deploy/demo
-HOST ?= 127.0.0.1
-PORT ?= 8000
-VLLM_FLAGS ?=
+# Not `?=`: environments have variables of these names that mean something else. Unset HOST and PORT leave the server's own
+# settings (PROSPARSE_HOST, …) in force.
+PYTHON = python3
+DEVICE = cpu
+MODEL = deploy/demo
+HOST =
+PORT =
+VLLM_FLAGS =
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +21,7 @@ DEV_READY := $(VENV)/.ready-dev
 .DELETE_ON_ERROR:
 
 serve: $(SERVE_READY)
-	$(BIN)/prosparse serve $(MODEL) --host $(HOST) --port $(PORT) -- $(VLLM_FLAGS)
+	$(BIN)/prosparse serve $(MODEL) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) -- $(VLLM_FLAGS)
 
 install: $(SERVE_READY)
 
@@ -51,7 +54,7 @@ build: $(SERVE_READY)
 	$(BIN)/prosparse build
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

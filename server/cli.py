@@ -80,6 +80,10 @@ def _run(argv: list[str]) -> int:
         raise UserError(_describe_unknown(parser, name, unknown))
     if command.vllm_flags:
         arguments.vllm_flags = vllm_flags
+    # Imported here since settings.py needs `nearest`; called after `--help` was answered, which must always be possible.
+    from server.settings import check_environment
+
+    check_environment()
     return module.run(arguments)
 
 

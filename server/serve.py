@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="prosparse-", ignore_cleanup_errors=True) as folder:
         prepare_environment(settings, Path(folder))
+        # Hashing a large checkpoint takes minutes.
+        say(f"checking {settings.model}")
         checkpoint = Checkpoint.open(settings.model)
         verified = "every file matches its manifest" if checkpoint.manifest else "no manifest"
         say(f"checkpoint {settings.model}: {checkpoint.activation}, {checkpoint.n_layers} layers, {verified}")

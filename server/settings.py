@@ -6,7 +6,7 @@ import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
@@ -19,6 +19,9 @@ PREFIX = "PROSPARSE_"
 
 # Environment keys with our prefix that other rooms read; everything else under the prefix must be a setting.
 OTHER_ENVIRONMENT_KEYS = frozenset({"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA"})
+
+# What PROSPARSE_CPU_ISA may be. The kernels decide what this CPU has of them, but only once the engine's workers are up.
+CPU_ISAS = ("amx", "avx512_bf16", "avx512f", "avx2", "portable")
 
 # vLLM flags whose place a setting of ours has taken.
 _OUR_FLAGS = {
@@ -43,6 +46,16 @@ _REFUSED_FLAGS = {
     "--api-server-count": "one `prosparse serve` runs one server",
     "--lora-modules": "the sparse feed-forward layers do not apply LoRA adapters",
     "--enable-lora": "the sparse feed-forward layers do not apply LoRA adapters",
+    "--enable-tokenizer-info-endpoint": "its path is not served",
+    "--enable-server-load-tracking": "its path is not served",
+    "--help": "`vllm serve --help` shows vLLM's own flags",
+    "-h": "`vllm serve --help` shows vLLM's own flags",
+}
+
+# So are all flags that start like this.
+_REFUSED_PREFIXES = {
+    "--data-parallel-": "the sparsity metrics would show one replica only",
+    "-dp": "the sparsity metrics would show one replica only",
 }
 
 
@@ -97,7 +110,7 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "warning",
-        description="least severe messages shown, vLLM's included; progress lines are shown at warning and below",
+        description="least severe messages shown, vLLM's included; our own lines on the server's progress always are",
     )
     vllm_flags: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_words)] = Field(
         (), description="flags for vLLM's engine; on the command line everything after `--`"
@@ -106,9 +119,11 @@ class Settings(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        if not all(key.get_secret_value().strip() for key in keys):
+        # As in the key file and in a request's header, space around a key is no part of it.
+        stripped = tuple(SecretStr(key.get_secret_value().strip()) for key in keys)
+        if not all(stripped):
             raise ValueError("a key is empty")
-        return keys
+        return stripped
 
     @classmethod
     def settings_customise_sources(
@@ -129,9 +144,8 @@ class Settings(BaseSettings):
         """Settings from ``flags`` (only those given), the environment, and the file that either of them names.
 
         Raises:
-            UserError: a value cannot be used, or the environment or the file has a key that is no setting.
+            UserError: a value cannot be used, or the file has a key that is no setting.
         """
-        _check_environment()
         try:
             settings = cls(**flags)
         except ValidationError as error:
@@ -182,12 +196,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 flag_of(name), action="append", metavar="KEY", default=argparse.SUPPRESS, help=help_text
             )
         else:
-            parser.add_argument(
-                flag_of(name), metavar=name.split("_")[-1].upper(), default=argparse.SUPPRESS, help=help_text
-            )
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            metavar = f"{{{','.join(choices)}}}" if choices else name.split("_")[-1].upper()
+            parser.add_argument(flag_of(name), metavar=metavar, default=argparse.SUPPRESS, help=help_text)
 
 
-def _check_environment() -> None:
+def check_environment() -> None:
+    """Check the environment's keys under our prefix, for every command.
+
+    Raises:
+        UserError: a key is no setting, or ``PROSPARSE_CPU_ISA`` names no instruction set that we have kernels for.
+    """
     known = {PREFIX + name.upper() for name in Settings.model_fields} | OTHER_ENVIRONMENT_KEYS
     for key in os.environ:
         if key.upper().startswith(PREFIX) and key.upper() not in known:
@@ -195,6 +214,12 @@ def _check_environment() -> None:
                 f"the environment has {key}, which is no setting{nearest(key.upper(), known)}. Unset it;"
                 f" `prosparse serve --help` lists the settings, each of which can be given as {PREFIX}NAME."
             )
+    isa = os.environ.get("PROSPARSE_CPU_ISA")
+    if isa and isa not in CPU_ISAS:
+        raise UserError(
+            f"PROSPARSE_CPU_ISA is {isa!r}; known are {', '.join(CPU_ISAS)}. Set it to one that this CPU has, or unset it"
+            " to take the best."
+        )
 
 
 def _check_vllm_flags(flags: tuple[str, ...]) -> None:
@@ -204,8 +229,11 @@ def _check_vllm_flags(flags: tuple[str, ...]) -> None:
             raise UserError(
                 f"{name} after `--` is for us to set: give {flag_of(_OUR_FLAGS[name])} before the `--` instead."
             )
-        if name in _REFUSED_FLAGS:
-            raise UserError(f"{name} is refused: {_REFUSED_FLAGS[name]}. Leave it out.")
+        reason = _REFUSED_FLAGS.get(name) or next(
+            (reason for prefix, reason in _REFUSED_PREFIXES.items() if name.startswith(prefix)), None
+        )
+        if reason:
+            raise UserError(f"{name} is refused: {reason}. Leave it out.")
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class SparsityTelemetry(Collector):
         self._snapshots: deque[tuple[float, SparsitySnapshot]] = deque()
         self._question: asyncio.Task[None] | None = None
         self._asked_at = 0.0
+        self._owed_since: float | None = None
         self._answers = 0
         self._answer_seconds = 0.0
         self._failures = 0
@@ -99,35 +100,40 @@ class SparsityTelemetry(Collector):
         self._record(await ask())
 
     async def refresh(self) -> None:
-        """Bring the counters up to date; an engine silent for ``TIMEOUT`` seconds leaves those of last time."""
-        if not await self._answered(TIMEOUT):
+        """Bring the counters up to date; an engine that fails or is silent for ``TIMEOUT`` seconds leaves the last ones."""
+        await self._bring_up_to_date(TIMEOUT)
+        if self._owed_since is not None:
             self._failures += 1
 
     async def unanswered(self) -> float:
-        """Ask the engine for a sign of life; returns for how many seconds it has owed an answer, 0 if it gave one."""
-        return 0.0 if await self._answered(PROBE_TIMEOUT) else self._clock() - self._asked_at
+        """Ask the engine for a sign of life; returns for how many seconds it has owed an answer, 0 if it gave one.
 
-    async def _answered(self, patience: float) -> bool:
-        """Ask, unless the last answer is recent, and wait ``patience`` seconds; False if an answer is still owed.
+        An engine that fails to answer owes one just as a silent one does.
+        """
+        await self._bring_up_to_date(PROBE_TIMEOUT)
+        return 0.0 if self._owed_since is None else self._clock() - self._owed_since
+
+    async def _bring_up_to_date(self, patience: float) -> None:
+        """Ask, unless the last question is recent, and wait ``patience`` seconds.
 
         One question is out at a time: a hung engine is asked once, and every caller waits for that answer.
         """
         if self._ask is None:
-            return True
+            return
         if self._question is None:
             if self._clock() - self._asked_at < MIN_INTERVAL:
-                return True
+                return
             self._asked_at = self._clock()
+            if self._owed_since is None:
+                self._owed_since = self._asked_at
             self._question = asyncio.create_task(self._fetch(self._ask))
-        done, _ = await asyncio.wait({self._question}, timeout=patience)
-        return bool(done)
+        await asyncio.wait({self._question}, timeout=patience)
 
     async def _fetch(self, ask: Callable[[], Awaitable[list[SparsitySnapshot]]]) -> None:
         try:
             self._record(await ask())
         except Exception:
             # Whatever went wrong in the engine, a scrape must still be answered; the counter and /readyz tell of it.
-            self._failures += 1
             logger.warning("the sparsity counters could not be read", exc_info=True)
         finally:
             self._question = None
@@ -137,6 +143,7 @@ class SparsityTelemetry(Collector):
         self._answers += 1
         self._answer_seconds += now - self._asked_at
         self._snapshots.append((now, merge(snapshots)))
+        self._owed_since = None
         while len(self._snapshots) > 1 and self._snapshots[1][0] <= now - WINDOW:
             self._snapshots.popleft()
 

@@ -7,10 +7,13 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
+import sysconfig
 from argparse import Namespace
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import NoReturn, cast
 
 from fastapi import APIRouter, FastAPI, Request
@@ -41,6 +44,7 @@ from vllm.version import __version__ as VLLM_VERSION
 from server.cli import nearest
 from server.errors import error_response
 from server.health import RETRY_AFTER
+from server.progress import say
 from server.settings import Settings
 from sparse_backend.checkpoint import MODEL_CLASS, Checkpoint
 from sparse_backend.errors import UserError
@@ -93,7 +97,7 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
         )
     arguments.model = str(checkpoint.folder)
     arguments.served_model_name = [settings.served_model_name or checkpoint.folder.resolve().name]
-    arguments.dtype = _dtype(settings, checkpoint)
+    arguments.dtype = checkpoint.engine_dtype(settings.dtype)
     arguments.hf_overrides = {"architectures": [MODEL_CLASS]}
     arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path}}
     arguments.worker_extension_cls = "sparse_backend.vllm_plugin.worker.SparsityWorkerExtension"
@@ -109,13 +113,15 @@ def _set_cpu_defaults(arguments: Namespace) -> None:
     # vLLM 0.32 cannot load the ahead-of-time artifacts that it writes on a CPU: it compiles again, with a warning.
     # Without them, later starts find the inductor's own cache.
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+    if not arguments.enforce_eager and not _can_compile():
+        say("no C++ compiler or no Python.h (python3-dev): the model runs uncompiled, which is slower")
+        arguments.enforce_eager = True
 
 
-def _dtype(settings: Settings, checkpoint: Checkpoint) -> str:
-    if settings.dtype != "auto":
-        return settings.dtype
-    stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return "float32" if stored == "float32" else "bfloat16"
+def _can_compile() -> bool:
+    """Is there what torch.compile needs on a CPU? vLLM does not look, and dies in the worker where it is missing."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 class Engine:

@@ -1,6 +1,5 @@
 """Which activation a checkpoint's gated feed-forward layers use, read from its Hugging Face config."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -8,14 +7,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sparse_backend.errors import UserError
 
-# Names under which Hugging Face configs spell the dense activations a user is most likely to bring.
-_DENSE_NAMES = {
+# Names under which Hugging Face configs spell the dense activations a user is most likely to bring, and the offline job
+# replaces.
+DENSE_ACTIVATIONS = {
     "silu": "Swish (SiLU)",
     "swish": "Swish (SiLU)",
     "gelu": "GELU",
     "gelu_new": "GELU",
     "gelu_pytorch_tanh": "GELU",
 }
+
+# The kernels compare in float32, where more than this is infinite: no neuron would ever be active.
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 class Activation(BaseModel):
@@ -28,14 +31,15 @@ class Activation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["relu", "fatrelu"]
-    threshold: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    threshold: float = Field(default=0.0, ge=0.0, le=_LARGEST_FLOAT32, allow_inf_nan=False)
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Self:
         """Read ``hidden_act`` and ``hidden_act_param`` from a Hugging Face ``config.json``.
 
         Raises:
-            UserError: the activation is dense or unknown, or the FATReLU threshold is missing, negative, NaN or infinite.
+            UserError: the activation is dense or unknown, or the FATReLU threshold is missing, negative, NaN, or
+                infinite in float32.
         """
         name = config.get("hidden_act")
         if name == "relu":
@@ -47,16 +51,16 @@ class Activation(BaseModel):
                     f"hidden_act is 'fatrelu' but hidden_act_param is {threshold!r}. It must be the activation threshold, a"
                     " number of 0 or more (ProSparse-7B has 0.01): set it in config.json."
                 )
-            if not math.isfinite(threshold) or threshold < 0:
+            if not 0 <= threshold <= _LARGEST_FLOAT32:
                 raise UserError(
-                    f"hidden_act_param is {threshold}, which is no usable FATReLU threshold. It must be a finite number of 0 or"
-                    " more (ProSparse-7B has 0.01): set it in config.json."
+                    f"hidden_act_param is {threshold}, which is no usable FATReLU threshold. It must be a number of 0 or more,"
+                    " finite in float32 (ProSparse-7B has 0.01): set it in config.json."
                 )
             return cls(kind="fatrelu", threshold=float(threshold))
-        if isinstance(name, str) and name in _DENSE_NAMES:
+        if isinstance(name, str) and name in DENSE_ACTIVATIONS:
             raise UserError(
-                f"This model's activation is {_DENSE_NAMES[name]} (hidden_act: {name!r}), so no neuron is ever inactive and there"
-                " is nothing to skip. Turn it into a ProSparse checkpoint first with the offline job"
+                f"This model's activation is {DENSE_ACTIVATIONS[name]} (hidden_act: {name!r}), so no neuron is ever inactive and"
+                " there is nothing to skip. Turn it into a ProSparse checkpoint first with the offline job"
                 " `prosparse sparsify MODEL OUTPUT`, or serve it with plain vLLM."
             )
         raise UserError(

@@ -20,11 +20,28 @@ MANIFEST_NAME = "prosparse.json"
 LLAMA_ARCHITECTURES = ("SparseLlamaForCausalLM", "LlamaForCausalLM")
 MODEL_CLASS = "SparseLlamaForCausalLM"
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# The files that hold a tokenizer; the others beside them are its settings.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+_MODEL_TYPES = ("llama", "sparsellama")
+
+# Fields of config.json that must be positive integers; the second kind may be missing or null.
+_COUNTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "vocab_size",
+)
+_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")
+_LARGEST_COUNT = 2**31 - 1
+# In each pair the second must divide the first.
+_MULTIPLES = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"))
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CorpusRecord(_Record):
@@ -99,14 +116,17 @@ def sha256_of(path: Path) -> str:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a checkpoint folder that a loader reads: weights, configs, tokenizer; not the manifest."""
-    loaded = [
-        path
+    return {name: sha256_of(folder / name) for name in _loaded_files(folder)}
+
+
+def _loaded_files(folder: Path) -> list[str]:
+    return sorted(
+        path.name
         for path in folder.iterdir()
-        if path.is_file()
-        and path.suffix in {".safetensors", ".json", ".model", ".jinja"}
+        if (path.suffix in {".safetensors", ".json", ".model", ".jinja"} or path.name == "merges.txt")
         and path.name != MANIFEST_NAME
-    ]
-    return {path.name: sha256_of(path) for path in sorted(loaded)}
+        and path.is_file()
+    )
 
 
 @dataclass(frozen=True)
@@ -131,21 +151,17 @@ class Checkpoint:
             UserError: the folder is no such checkpoint; the text names the file or field at fault.
         """
         path = Path(folder)
-        if not path.is_dir():
+        if not _is_folder(path):
             raise UserError(
                 f"MODEL {str(folder)!r} is not a folder on this machine. Give the path of a checkpoint folder (config.json,"
                 " tokenizer, *.safetensors); models are never downloaded."
             )
-        config = _read_json(
+        config = read_json(
             path, "config.json", "It is not a Hugging Face checkpoint folder; give the folder that holds it."
         )
         _check_architecture(path, config)
         activation = Activation.from_hf_config(config)
-        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-            raise UserError(
-                f"{path} holds no tokenizer ({' or '.join(_TOKENIZER_FILES)}). Copy the tokenizer files of the model it was"
-                " trained from into the folder."
-            )
+        _check_tokenizer(path)
         shards = _find_shards(path)
         checkpoint = cls(path, config, activation, shards, _read_manifest(path))
         if verify:
@@ -169,6 +185,13 @@ class Checkpoint:
             return None
         return [1.0 - layer.sparsity for layer in self.manifest.layers]
 
+    def engine_dtype(self, requested: str) -> str:
+        """The dtype to compute in: ``requested``, or for "auto" float32 if the weights are stored so, else bfloat16."""
+        if requested != "auto":
+            return requested
+        stored = self.config.get("dtype") or self.config.get("torch_dtype")
+        return "float32" if stored == "float32" else "bfloat16"
+
     def _verify(self) -> None:
         manifest = self.manifest
         if manifest is None:
@@ -179,21 +202,30 @@ class Checkpoint:
                 f"{where} says the activation is {manifest.activation}, config.json says {self.activation}. One of them was"
                 " edited after the checkpoint was made: restore it, or delete the manifest if you mean the change."
             )
-        if len(manifest.layers) != self.n_layers:
+        numbers = [layer.layer for layer in manifest.layers]
+        if len(numbers) != self.n_layers or numbers != list(range(len(numbers))):
             raise UserError(
-                f"{where} lists {len(manifest.layers)} layers, config.json has num_hidden_layers {self.n_layers}."
+                f"{where} lists {len(numbers)} layers, numbered {numbers}; config.json has num_hidden_layers {self.n_layers}, so"
+                f" they must be 0 to {self.n_layers - 1} in order. Copy the checkpoint again."
             )
-        unlisted = [shard.name for shard in self.shards if shard.name not in manifest.files]
+        d_ff = self.config["intermediate_size"]
+        for layer in manifest.layers:
+            if len(layer.neuron_frequency) != d_ff:
+                raise UserError(
+                    f"{where}: neuron_frequency of layer {layer.layer} has {len(layer.neuron_frequency)} entries, config.json"
+                    f" has intermediate_size {d_ff}. Copy the checkpoint again."
+                )
+        unlisted = [name for name in _loaded_files(self.folder) if name not in manifest.files]
         if unlisted:
             raise UserError(
-                f"{where} has no SHA-256 for {', '.join(unlisted)}: the folder and its manifest do not belong together."
+                f"{where} has no SHA-256 for {', '.join(unlisted)}: the folder and its manifest do not belong together. Copy"
+                " the checkpoint again, or delete what was added."
             )
+        present = {path.name for path in self.folder.iterdir() if path.is_file()}
         for name, expected in manifest.files.items():
-            if Path(name).name != name:
-                raise UserError(f"{where} names the file {name!r}, which is not directly inside the folder.")
-            file = self.folder / name
-            if not file.is_file():
+            if name not in present:
                 raise UserError(f"{where} lists {name}, which is missing from the folder. Copy the checkpoint again.")
+            file = self.folder / name
             found = sha256_of(file)
             if found != expected:
                 raise UserError(
@@ -202,34 +234,63 @@ class Checkpoint:
                 )
 
 
-def _read_json(folder: Path, name: str, advice: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str, advice: str = "") -> dict[str, Any]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+        UserError: there is no such file, with ``advice`` behind it, or it does not hold one JSON object.
+    """
     path = folder / name
-    if not path.is_file():
-        raise UserError(f"{folder} has no {name}. {advice}")
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {name}. {advice}") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}. Copy the checkpoint again.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__} where an object was expected. Copy the checkpoint again.")
     return value
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that no folder can have, or a parent that may not be read
+        return False
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise UserError(
+            f"{folder} holds no tokenizer ({' or '.join(TOKENIZERS)}). Copy the tokenizer files of the model it was trained"
+            " from into the folder."
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            read_json(folder, name)
+
+
 def _check_architecture(folder: Path, config: Mapping[str, Any]) -> None:
+    where = folder / "config.json"
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or architectures[0] not in LLAMA_ARCHITECTURES:
         raise UserError(
-            f"{folder / 'config.json'} names the architecture {architectures!r}; served are {', '.join(LLAMA_ARCHITECTURES)}."
+            f"{where} names the architecture {architectures!r}; served are {', '.join(LLAMA_ARCHITECTURES)}."
         )
-    for field in ("num_hidden_layers", "hidden_size", "intermediate_size", "max_position_embeddings"):
-        if not isinstance(config.get(field), int) or config[field] <= 0:
+    if config.get("model_type") not in _MODEL_TYPES:
+        raise UserError(f"{where}: model_type is {config.get('model_type')!r}; served are {', '.join(_MODEL_TYPES)}.")
+    present = [field for field in _OPTIONAL_COUNTS if config.get(field) is not None]
+    for field in (*_COUNTS, *present):
+        value = config.get(field)
+        if type(value) is not int or not 0 < value <= _LARGEST_COUNT:
             raise UserError(
-                f"{folder / 'config.json'}: {field} is {config.get(field)!r}; it must be a positive integer."
+                f"{where}: {field} is {value!r}; it must be a positive integer of at most {_LARGEST_COUNT}."
             )
+    for whole, part in _MULTIPLES:
+        if part in (*_COUNTS, *present) and config[whole] % config[part]:
+            raise UserError(f"{where}: {whole} is {config[whole]}, which is no multiple of {part}, {config[part]}.")
     if config.get("mlp_bias"):
-        raise UserError(
-            f"{folder / 'config.json'}: mlp_bias is set; feed-forward layers with biases are not supported."
-        )
+        raise UserError(f"{where}: mlp_bias is set; feed-forward layers with biases are not supported.")
 
 
 def _find_shards(folder: Path) -> list[Path]:
@@ -244,7 +305,7 @@ def _find_shards(folder: Path) -> list[Path]:
         raise UserError(f"{folder} holds no *.safetensors weights.{found} Convert or copy the weights as safetensors.")
     index_path = folder / "model.safetensors.index.json"
     if index_path.is_file():
-        weight_map = _read_json(folder, index_path.name, "").get("weight_map")
+        weight_map = read_json(folder, index_path.name).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{index_path} has no weight_map. Copy the checkpoint again.")
         missing = sorted({str(name) for name in weight_map.values()} - {shard.name for shard in shards})
@@ -265,9 +326,15 @@ def _find_shards(folder: Path) -> list[Path]:
 
 def _read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST_NAME
-    if not path.exists():
+    # A link whose target is gone is no missing manifest: taken for one, it would turn verification off unseen.
+    if not path.is_symlink() and not path.exists():
         return None
-    content = _read_json(folder, MANIFEST_NAME, "")
+    content = read_json(
+        folder,
+        MANIFEST_NAME,
+        "What is there is a symbolic link whose target is gone: restore the target, or delete the link to load the folder"
+        " without a manifest.",
+    )
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:

@@ -30,8 +30,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(summary, indent=2))
     else:
-        # A pipe has no width; this one keeps a file name and its hash in one line.
-        _print(summary, Console(highlight=False, width=None if sys.stdout.isatty() else 100))
+        # A pipe has no width; this one keeps a file name and its hash in one line. What a folder says of itself is
+        # printed as it is: brackets and colons in it are no markup.
+        width = None if sys.stdout.isatty() else 100
+        _print(summary, Console(highlight=False, markup=False, emoji=False, width=width))
     return 0
 
 
@@ -138,11 +140,13 @@ def _layer_table(layers: list[dict[str, Any]]) -> Table:
 def _settings_table(settings: dict[str, Any]) -> Table:
     table = _facts()
     for name, value in settings.items():
-        if isinstance(value, list):
-            text = "\n".join(", ".join(f"{key} {entry:g}" for key, entry in row.items()) for row in value)
-        elif isinstance(value, dict):
-            text = ", ".join(f"{key} {entry}" for key, entry in value.items())
-        else:
-            text = str(value)
-        table.add_row(name, text)
+        table.add_row(name, _describe(value))
     return table
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(_describe(entry) for entry in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_describe(entry)}" for name, entry in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,6 +15,7 @@ from sparse_backend.checkpoint import (
     Manifest,
     PhaseRecord,
     hash_files,
+    sha256_of,
 )
 from sparse_backend.errors import UserError
 from tests.checkpoints import edit_config, write_tiny_checkpoint
@@ -98,6 +99,23 @@ def _edit_manifest(folder: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def _edit_layer(folder: Path, number: int, **fields: object) -> None:
+    layers = json.loads((folder / MANIFEST_NAME).read_text())["layers"]
+    layers[number] |= fields
+    _edit_manifest(folder, layers=layers)
+
+
+def _unlist(folder: Path, name: str) -> None:
+    files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+    del files[name]
+    _edit_manifest(folder, files=files)
+
+
+def _replace_manifest(folder: Path, make: Callable[[Path], object]) -> None:
+    (folder / MANIFEST_NAME).unlink()
+    make(folder / MANIFEST_NAME)
+
+
 def _without_manifest(edit: Callable[[Path], object]) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         (folder / MANIFEST_NAME).unlink()
@@ -123,6 +141,59 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "NaN threshold": (
         _without_manifest(lambda f: edit_config(f, hidden_act="fatrelu", hidden_act_param=float("nan"))),
         ["hidden_act_param", "nan"],
+    ),
+    "infinite threshold in float32": (
+        _without_manifest(lambda f: edit_config(f, hidden_act="fatrelu", hidden_act_param=1e39)),
+        ["hidden_act_param is 1e+39", "float32"],
+    ),
+    "threshold beyond any float": (
+        _without_manifest(lambda f: edit_config(f, hidden_act="fatrelu", hidden_act_param=10**400)),
+        ["hidden_act_param is 1000"],
+    ),
+    "config too deep": (lambda f: (f / "config.json").write_text("[" * 200_000), ["config.json", "JSON"]),
+    "config is not UTF-8": (lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'), ["config.json", "JSON"]),
+    "config is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        ["config.json", "directory"],
+    ),
+    "other model type": (_without_manifest(lambda f: edit_config(f, model_type="mistral")), ["model_type", "mistral"]),
+    "layers as a truth value": (
+        _without_manifest(lambda f: edit_config(f, num_hidden_layers=True)),
+        ["num_hidden_layers is True"],
+    ),
+    "more layers than memory": (
+        lambda f: edit_config(f, num_hidden_layers=2**31 - 1),
+        ["num_hidden_layers 2147483647", "2 layers"],
+    ),
+    "layers beyond any integer": (
+        _without_manifest(lambda f: edit_config(f, num_hidden_layers=2**31)),
+        ["num_hidden_layers is 2147483648"],
+    ),
+    "heads in words": (
+        _without_manifest(lambda f: edit_config(f, num_attention_heads="four")),
+        ["num_attention_heads is 'four'"],
+    ),
+    "no heads": (
+        _without_manifest(lambda f: edit_config(f, num_attention_heads=None)),
+        ["num_attention_heads is None"],
+    ),
+    "heads that do not divide": (
+        _without_manifest(lambda f: edit_config(f, num_attention_heads=3)),
+        ["hidden_size is 64", "num_attention_heads, 3"],
+    ),
+    "key-value heads that do not divide": (
+        _without_manifest(lambda f: edit_config(f, num_key_value_heads=4)),
+        ["num_attention_heads is 2", "num_key_value_heads, 4"],
+    ),
+    "no vocabulary": (_without_manifest(lambda f: edit_config(f, vocab_size=0)), ["vocab_size is 0"]),
+    "head size of a half": (_without_manifest(lambda f: edit_config(f, head_dim=0.5)), ["head_dim is 0.5"]),
+    "tokenizer is not JSON": (
+        _without_manifest(lambda f: (f / "tokenizer.json").write_text("garbage")),
+        ["tokenizer.json", "JSON"],
+    ),
+    "tokenizer's settings are not JSON": (
+        _without_manifest(lambda f: (f / "tokenizer_config.json").write_text("garbage")),
+        ["tokenizer_config.json", "JSON"],
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json", "Copy"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["safetensors"]),
@@ -153,13 +224,40 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["FATReLU (threshold 0.5)", "ReLU"],
     ),
     "manifest with fewer layers": (lambda f: _edit_manifest(f, layers=[]), ["0 layers", "num_hidden_layers 2"]),
+    "manifest with a layer twice": (lambda f: _edit_layer(f, 1, layer=0), ["[0, 0]", "0 to 1 in order"]),
+    "manifest with too few neurons": (
+        lambda f: _edit_layer(f, 1, neuron_frequency=[0.5]),
+        ["neuron_frequency of layer 1", "1 entries", "intermediate_size 256"],
+    ),
+    "manifest with no number": (lambda f: _edit_layer(f, 0, sparsity=float("nan")), ["layers.0.sparsity"]),
+    "manifest is a dangling link": (
+        lambda f: _replace_manifest(f, lambda path: path.symlink_to("gone.json")),
+        [MANIFEST_NAME, "symbolic link"],
+    ),
+    "manifest is a folder": (lambda f: _replace_manifest(f, Path.mkdir), [MANIFEST_NAME, "directory"]),
+    "manifest without the config": (lambda f: _unlist(f, "config.json"), ["no SHA-256 for config.json"]),
+    "manifest without the tokenizer": (lambda f: _unlist(f, "tokenizer.json"), ["no SHA-256 for tokenizer.json"]),
+    "tokenizer added": (
+        lambda f: (f / "tokenizer.model").write_bytes(b"other"),
+        ["no SHA-256 for tokenizer.model", "delete what was added"],
+    ),
+    "tokens added": (lambda f: (f / "added_tokens.json").write_text("{}"), ["no SHA-256 for added_tokens.json"]),
+    "merges added": (lambda f: (f / "merges.txt").write_text("a b"), ["no SHA-256 for merges.txt"]),
+    "shard added": (
+        lambda f: shutil.copyfile(f / "model.safetensors", f / "more.safetensors"),
+        ["no SHA-256 for more.safetensors"],
+    ),
     "manifest without the shard": (
         lambda f: _edit_manifest(f, files={"config.json": "0" * 64}),
         ["model.safetensors", "SHA-256"],
     ),
     "manifest that points outside": (
-        lambda f: _edit_manifest(f, files={"../secret.json": "0" * 64, "model.safetensors": "0" * 64}),
-        ["../secret.json"],
+        lambda f: _edit_manifest(f, files={"../tiny/config.json": sha256_of(f / "config.json"), **hash_files(f)}),
+        ["../tiny/config.json", "missing from the folder"],
+    ),
+    "manifest with an endless name": (
+        lambda f: _edit_manifest(f, files={"a" * 5000: "0" * 64, **hash_files(f)}),
+        ["aaaa", "missing from the folder"],
     ),
     "file gone": (lambda f: (f / "generation_config.json").unlink(), ["generation_config.json", "missing"]),
     "config edited": (lambda f: edit_config(f, rms_norm_eps=0.1), ["config.json", "SHA-256", "prosparse.json"]),
@@ -188,6 +286,10 @@ def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         Checkpoint.open("SparseLLM/prosparse-llama-2-7b")
     with pytest.raises(UserError, match="not a folder"):
         Checkpoint.open(tmp_path / "nothing")
+    with pytest.raises(UserError, match="not a folder"):
+        Checkpoint.open("a" * 5000)
+    with pytest.raises(UserError, match="not a folder"):
+        Checkpoint.open("nul\0")
 
 
 def test_without_verification_hashes_are_not_compared(folder: Path) -> None:
@@ -199,3 +301,35 @@ def test_manifest_leaves_no_temporary_file(folder: Path) -> None:
     before = {path.name for path in folder.iterdir()}
     manifest_for(folder).write(folder)
     assert {path.name for path in folder.iterdir()} == before
+
+
+def test_files_that_no_loader_reads_may_be_added(folder: Path) -> None:
+    (folder / "README.md").write_text("About this model")
+    assert Checkpoint.open(folder).manifest is not None
+
+
+def test_hashes_cover_every_file_that_a_loader_reads(folder: Path) -> None:
+    for name in ("merges.txt", "README.md"):
+        (folder / name).write_text("a b")
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(hash_files(folder)) == names | {"merges.txt"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": None, "torch_dtype": "float32"}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float16"}, "bfloat16"),
+        ({"dtype": None}, "bfloat16"),
+    ],
+)
+def test_engine_computes_in_float32_only_for_weights_stored_so(
+    folder: Path, stored: dict[str, object], computed: str
+) -> None:
+    edit_config(folder, **stored)
+    checkpoint = Checkpoint.open(folder, verify=False)
+    assert checkpoint.engine_dtype("auto") == computed
+    assert checkpoint.engine_dtype("float32") == "float32"
+    assert checkpoint.engine_dtype("bfloat16") == "bfloat16"

@@ -1,14 +1,16 @@
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from server import cli
 from sparse_backend import inspect
 from sparse_backend.checkpoint import sha256_of
 from sparse_backend.errors import UserError
 from tests.checkpoints import edit_config, write_tiny_checkpoint
-from tests.test_checkpoint import manifest_for
+from tests.test_checkpoint import DAMAGE, manifest_for
 
 
 def inspected(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -18,9 +20,15 @@ def inspected(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> 
     return capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_tiny_checkpoint(tmp_path / "tiny")
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    """A checkpoint without a manifest."""
+    return Path(shutil.copytree(pristine, tmp_path / "tiny"))
 
 
 def test_json_says_what_the_folder_and_its_manifest_say(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,3 +80,32 @@ def test_changed_file_is_refused(folder: Path, capsys: pytest.CaptureFixture[str
     edit_config(folder, rms_norm_eps=0.1)
     with pytest.raises(UserError, match=r"config\.json"):
         inspected(folder, capsys)
+
+
+def test_manifest_is_printed_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = manifest_for(folder)
+    settings = {"a": [1, 2.5], "b": {"c": ["d"]}, "e": [{"f": "g", "h": 0.5}], "i": None}
+    phase = manifest.phases[0].model_copy(update={"settings": settings})
+    manifest.model_copy(update={"command": "[/b] :smile: [red]out[/red]", "phases": [phase]}).write(folder)
+    lines = [" ".join(line.split()) for line in inspected(folder, capsys).splitlines()]
+    for expected in ("made by [/b] :smile: [red]out[/red]", "a 1", "2.5", "b c d", "e f g, h 0.5", "i None"):
+        assert expected in lines
+
+
+def test_folder_name_is_printed_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "[demo] v1" in inspected(folder.rename(folder.with_name("[demo] v1")), capsys)
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_folder_ends_the_command_with_one_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    damage, words = DAMAGE[case]
+    manifest_for(folder).write(folder)
+    damage(folder)
+    assert cli.main(["inspect", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("prosparse: error: ")
+    assert err.count("\n") == 1
+    assert [word for word in words if word not in err] == []

@@ -13,12 +13,11 @@ from typing import TypedDict
 from rich.console import Console
 from rich.table import Table
 
-from sparse_backend.bench.arguments import row_counts
+from sparse_backend.bench.arguments import ENGINE_DTYPES, positive_int, row_counts
 from sparse_backend.bench.engine import Engine, EngineOptions
-from sparse_backend.bench.prompts import held_out_prompts
+from sparse_backend.bench.prompts import PROMPT_TOKENS, check_context, held_out_prompts
 from sparse_backend.checkpoint import Checkpoint
-
-PROMPT_TOKENS = 32
+from sparse_backend.ffn import native
 
 
 class DecodeResult(TypedDict):
@@ -39,9 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=row_counts, default=[1, 8], metavar="N,N", help="sequences decoded together (default 1,8)"
     )
-    parser.add_argument("--tokens", type=int, default=128, help="decode steps per generation (default 128)")
-    parser.add_argument("--rounds", type=int, default=7, help="generations per path and batch size (default 7)")
-    parser.add_argument("--dtype", default="auto", help="dtype of the engine (default: the checkpoint's)")
+    parser.add_argument("--tokens", type=positive_int, default=128, help="decode steps per generation (default 128)")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=7, help="generations per path and batch size (default 7)"
+    )
+    parser.add_argument(
+        "--dtype", choices=ENGINE_DTYPES, default="auto", help="dtype of the engine (default: the checkpoint's)"
+    )
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--stock", action="store_true", help="also time vLLM's own dense Swish LLaMA of the same shape")
     parser.add_argument(
@@ -52,8 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; returns the exit status."""
+    native.require()
+    checkpoint = Checkpoint.open(arguments.model)
+    check_context(checkpoint, 1 + arguments.tokens)
     results = measure(
-        Checkpoint.open(arguments.model),
+        checkpoint,
         arguments.batch,
         tokens=arguments.tokens,
         rounds=arguments.rounds,

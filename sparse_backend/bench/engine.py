@@ -6,13 +6,14 @@ import os
 import time
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
 from sparse_backend.bench.recording import LayerRecount
 from sparse_backend.checkpoint import MODEL_CLASS, Checkpoint
+from sparse_backend.errors import UserError
 from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
 
 KV_CACHE_BYTES = 1 << 30
@@ -42,19 +43,27 @@ class EngineOptions:
 class Engine:
     """Handle on the process; a context manager that ends it.
 
-    Raises (from every method): RuntimeError with the traceback of the other process if it failed there.
+    Raises (from every method): RuntimeError with the traceback of the other process if it failed there; UserError if the process
+    ended.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
+        options = replace(options, dtype=checkpoint.engine_dtype(options.dtype))
         self._process = context.Process(target=_serve, args=(theirs, str(checkpoint.folder), options), daemon=True)
         self._process.start()
         theirs.close()
 
     def wait_ready(self) -> None:
-        """Return once the model is loaded and compiled."""
-        self._receive()
+        """Return once the model is loaded and compiled.
+
+        Raises:
+            UserError: vLLM refuses the checkpoint or the options, or has no room for them.
+        """
+        refusal = self._receive()
+        if refusal is not None:
+            raise UserError(f"vLLM cannot run this model so: {refusal}")
 
     def generate(
         self, prompts: list[list[int]], max_tokens: int, *, top_logprobs: bool = False
@@ -83,7 +92,9 @@ class Engine:
             failed, value = self._connection.recv()
         except EOFError:
             self._process.join(5)
-            raise RuntimeError(f"the engine process ended with exit code {self._process.exitcode}") from None
+            raise UserError(
+                f"The engine's process ended with exit code {self._process.exitcode}. -9 means killed, as when memory runs out."
+            ) from None
         if failed:
             raise RuntimeError(f"in the engine process:\n{value}")
         return value
@@ -169,13 +180,19 @@ class _EngineServer:
         return self._llm.collective_rpc("stop_recording")[0]
 
 
+def _last_line(error: BaseException) -> str:
+    """What an exception says in the end; pydantic appends an address to that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not line.startswith("For further information")), repr(error))
+
+
 def _serve(connection: Connection, folder: str, options: EngineOptions) -> None:
     try:
         server = _EngineServer(folder, options)
-        connection.send((False, None))
-    except BaseException:
-        connection.send((True, traceback.format_exc()))
+    except Exception as error:
+        connection.send((False, _last_line(error)))
         return
+    connection.send((False, None))
     while True:
         try:
             method, arguments = connection.recv()

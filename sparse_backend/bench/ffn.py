@@ -23,7 +23,6 @@ from sparse_backend.errors import UserError
 from sparse_backend.ffn import counters, native, paths, sparse_gated_ffn, synthetic
 from sparse_backend.ffn.counters import DENSE, ROWS, SPARSE
 
-_ALL_SPARSE = 2**31 - 1
 _MAX_BYTES = 3 * 2**30 - 2**28  # of all layers, the rival's copy of down included
 _MAX_LAYERS = 64
 _CALLS = 45  # per variant and row count, at least
@@ -126,7 +125,7 @@ def _measure_rows(layers: list[synthetic.Layer], downs: list[torch.Tensor], x: t
 
     variants: dict[str, Callable[[int], torch.Tensor]] = {
         "dense": lambda index: torch_dense_ffn(x, layers[index].gate_up, downs[index], synthetic.THRESHOLD),
-        "sparse": ours(_ALL_SPARSE, unused),
+        "sparse": ours(paths.ALWAYS_SPARSE, unused),
         "auto": ours(limit, counts),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}

@@ -12,12 +12,12 @@ from typing import TypedDict
 from rich.console import Console
 from rich.table import Table
 
+from sparse_backend.bench.arguments import positive_int
 from sparse_backend.bench.engine import Engine, EngineOptions, Generation
-from sparse_backend.bench.prompts import held_out_prompts
+from sparse_backend.bench.prompts import PROMPT_TOKENS, check_context, held_out_prompts
 from sparse_backend.bench.recording import LayerRecount
 from sparse_backend.checkpoint import Checkpoint
-
-PROMPT_TOKENS = 32
+from sparse_backend.ffn import native
 
 
 class Parting(TypedDict):
@@ -45,8 +45,8 @@ class ParityResult(TypedDict):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--model", required=True, metavar="FOLDER", help="checkpoint folder")
-    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts (default 64)")
-    parser.add_argument("--tokens", type=int, default=64, help="greedy tokens per prompt (default 64)")
+    parser.add_argument("--prompts", type=positive_int, default=64, help="held-out prompts (default 64)")
+    parser.add_argument("--tokens", type=positive_int, default=64, help="greedy tokens per prompt (default 64)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest gap of a near-tie, nats (default 1e-4)")
     parser.add_argument(
         "--corpus", default="stdlib", help="where prompts come from (default: the standard library's sources)"
@@ -56,8 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare and print; exit status 1 if the paths differ by more than allowed."""
+    native.require()
+    checkpoint = Checkpoint.open(arguments.model)
+    check_context(checkpoint, arguments.tokens)
     result = compare(
-        Checkpoint.open(arguments.model),
+        checkpoint,
         prompts=arguments.prompts,
         tokens=arguments.tokens,
         tolerance=arguments.tolerance,

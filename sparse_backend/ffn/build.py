@@ -6,7 +6,6 @@ and run where none is.
 """
 
 import argparse
-import fcntl
 import hashlib
 import os
 import platform
@@ -14,15 +13,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sparse_backend.cache import cache_dir
+from sparse_backend.cache import cache_dir, locked
 from sparse_backend.errors import UserError
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -55,7 +52,17 @@ _X86_ISAS = (
 
 
 class BuildError(Exception):
-    """The kernels cannot be compiled here; the message says why."""
+    """The kernels cannot be compiled here.
+
+    Attributes:
+        reason: why, in one short sentence without paths.
+        output: what the compiler printed; "" if it did not run.
+    """
+
+    def __init__(self, reason: str, output: str = "") -> None:
+        super().__init__(f"{reason}:\n{output}" if output else reason)
+        self.reason = reason
+        self.output = output
 
 
 @dataclass(frozen=True)
@@ -105,18 +112,23 @@ def build() -> Path:
         return library
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / "lock"):
+        with locked(root / "lock"):
             if not library.exists():
                 _compile_into(library, compiler)
     except OSError as error:
         raise BuildError(
-            f"{error.filename or root}: {error.strerror or error}; set PROSPARSE_CACHE_DIR to a folder that can be written"
+            "the cache folder cannot be written: set PROSPARSE_CACHE_DIR to one that can",
+            f"{error.filename or root}: {error.strerror or error}",
         ) from error
     return library
 
 
 def _find_compiler() -> _Compiler | None:
-    command = tuple(shlex.split(os.environ.get("CXX", "g++")))
+    given = os.environ.get("CXX", "g++")
+    try:
+        command = tuple(shlex.split(given))
+    except ValueError as error:
+        raise BuildError(f"CXX is {given!r}, which is no command line: {str(error).lower()}") from None
     if not command or shutil.which(command[0]) is None:
         return None
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
@@ -144,23 +156,27 @@ def _compile_into(library: Path, compiler: _Compiler) -> None:
         objects = [Path(folder) / f"{Path(unit).stem}.o" for unit in units]
 
         def compile_unit(unit: str, flags: list[str], output: Path) -> None:
-            _call([*compiler.command, *_FLAGS, *flags, "-c", unit, "-o", str(output)])
+            _call([*compiler.command, *_FLAGS, *flags, "-c", unit, "-o", str(output)], unit)
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(compile_unit, units.keys(), units.values(), objects))
         linked = Path(folder) / LIBRARY
         # torch has loaded its own libraries by the time this one is: the names are enough, no search path is recorded.
         libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _call([*compiler.command, "-shared", "-Wl,--as-needed", *map(str, objects), *libraries, "-o", str(linked)])
+        _call(
+            [*compiler.command, "-shared", "-Wl,--as-needed", *map(str, objects), *libraries, "-o", str(linked)],
+            LIBRARY,
+        )
         library.parent.mkdir(exist_ok=True)
         linked.replace(library)
 
 
-def _call(command: list[str]) -> None:
+def _call(command: list[str], target: str) -> None:
     # From within the sources, so that the file names in the library's messages are relative to them.
     done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise BuildError(f"`{shlex.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
+        output = done.stderr.strip() or done.stdout.strip()
+        raise BuildError(f"the C++ compiler failed on {target}", f"{shlex.join(command)}\n{output}")
 
 
 def _sources_key() -> str:
@@ -175,10 +191,3 @@ def _hash(*parts: str) -> str:
     for part in parts:
         digest.update(f"{len(part)}:{part}".encode())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

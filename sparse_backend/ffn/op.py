@@ -92,6 +92,8 @@ def _reference_gated_ffn(
 ) -> torch.Tensor:
     """What runs without the native library: dense whatever ``max_sparse_rows`` says."""
     check_arguments(x, gate_up, down_t, threshold, counters)
+    if x.device.type == "cpu":
+        native.warn_of_reference()
     return reference.dense_gated_ffn(x, gate_up, down_t, threshold, counters)
 
 

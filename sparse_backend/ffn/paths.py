@@ -5,7 +5,6 @@ measured for a handful of densities on random layers and kept in ``<cache>/paths
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,7 +15,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,12 +22,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from sparse_backend.cache import cache_dir
+from sparse_backend.cache import cache_dir, locked
 from sparse_backend.errors import UserError
 from sparse_backend.ffn import counters, native, synthetic
 from sparse_backend.ffn.op import sparse_gated_ffn
 
 logger = logging.getLogger(__name__)
+
+ALWAYS_SPARSE, ALWAYS_DENSE = 2**31 - 1, 0
+"""Values of ``max_sparse_rows`` that force a path whatever the number of rows."""
 
 DEFAULT_DENSITY = 0.107
 """Assumed where a checkpoint does not tell its densities: what ProSparse reports for its 7B model."""
@@ -38,7 +39,6 @@ DENSITIES = (0.05, 0.11, 0.2, 0.35, 0.5, 1.0)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-_ALL_SPARSE, _ALL_DENSE = 2**31 - 1, 0
 _BUDGET_S = 9.0
 _REPEATS = 5
 _MARGIN = 0.03  # ties go to the dense path, whose time grows more slowly up to the next measured row count
@@ -99,7 +99,7 @@ def max_sparse_rows(dtype: torch.dtype, d_model: int, d_ff: int, density: float 
         density: mean share of active neurons per row; None assumes ``DEFAULT_DENSITY``.
     """
     if not native.load():
-        return _ALL_DENSE
+        return ALWAYS_DENSE
     return path_table(dtype, d_model, d_ff).max_sparse_rows(DEFAULT_DENSITY if density is None else density)
 
 
@@ -111,7 +111,7 @@ def path_table(dtype: torch.dtype, d_model: int, d_ff: int, *, remeasure: bool =
         return table
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file.parent / "lock"):
+        with locked(file.parent / "lock"):
             tables = _read(file)
             if remeasure or key not in tables:
                 tables[key] = _measure(dtype, d_model, d_ff)
@@ -170,7 +170,7 @@ def _measure_density(
     hopeless = 0
     for rows in (rows for rows in ROWS if rows > known):
         x = synthetic.inputs(rows, dtype, d_model, generator)
-        sparse, dense = timer(x, _ALL_SPARSE), timer(x, _ALL_DENSE)
+        sparse, dense = timer(x, ALWAYS_SPARSE), timer(x, ALWAYS_DENSE)
         sparse(), dense()
         samples: list[tuple[float, float]] = []
         while not samples or (len(samples) < _REPEATS and time.perf_counter() < deadline):
@@ -225,13 +225,6 @@ def _write(file: Path, tables: dict[str, PathTable]) -> None:
     with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
         temporary.write(_File(tables=tables).model_dump_json(indent=1))
     Path(temporary.name).replace(file)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

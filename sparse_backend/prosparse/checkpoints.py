@@ -7,17 +7,17 @@ import shutil
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_backend.activation import Activation
-from sparse_backend.checkpoint import MODEL_CLASS, PhaseRecord
+from sparse_backend.activation import DENSE_ACTIVATIONS, Activation
+from sparse_backend.checkpoint import MODEL_CLASS, TOKENIZERS, PhaseRecord, read_json
 from sparse_backend.errors import UserError
 from sparse_backend.hf_configs import SparseLlamaConfig
 
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+    *TOKENIZERS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -26,7 +26,6 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _PRETRAINING_NAME = "pretraining.json"
-_SWISH_OR_GELU = {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh"}
 
 
 def check_base(folder: Path) -> str:
@@ -38,15 +37,7 @@ def check_base(folder: Path) -> str:
     Raises:
         UserError: it is no model folder, or its feed-forward layers are not those of a gated LLaMA.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError:
-        raise UserError(f"BASE {str(folder)!r} is not a model folder: there is no readable {path}.") from None
-    except ValueError as error:
-        raise UserError(f"BASE: {path} cannot be read as JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise UserError(f"BASE: {path} holds {type(config).__name__} where an object was expected.")
+    config = read_json(folder, "config.json", "BASE is not a model folder: give the folder that holds it.")
     model_type, activation = config.get("model_type"), config.get("hidden_act")
     if model_type == SparseLlamaConfig.model_type:
         raise UserError(
@@ -57,10 +48,10 @@ def check_base(folder: Path) -> str:
             f"BASE {str(folder)!r} has model_type {model_type!r}. This job makes models of the LLaMA family (model_type"
             " 'llama') sparse, whose checkpoints the server loads."
         )
-    if activation != "relu" and activation not in _SWISH_OR_GELU:
+    if not isinstance(activation, str) or activation not in ("relu", *DENSE_ACTIVATIONS):
         raise UserError(
             f"BASE {str(folder)!r} has hidden_act {activation!r}; step 1 replaces Swish or GELU by ReLU"
-            f" ({', '.join(sorted(_SWISH_OR_GELU))})."
+            f" ({', '.join(DENSE_ACTIVATIONS)})."
         )
     if config.get("mlp_bias"):
         raise UserError(f"BASE {str(folder)!r} has mlp_bias set; feed-forward layers with biases are not supported.")
@@ -112,9 +103,18 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Turn a model's weights into bfloat16, in place, and save them with the config."""
+    """Turn a model's weights into bfloat16, in place, and save them with the config.
+
+    Raises:
+        UserError: they cannot be written; no part of them is left.
+    """
     model.config.use_cache = True  # the Trainer turns it off
-    model.to(torch.bfloat16).save_pretrained(folder)
+    try:
+        model.to(torch.bfloat16).save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        for shard in folder.glob("*.safetensors"):
+            shard.unlink()
+        raise UserError(f"The weights cannot be written to {str(folder)!r}: {error}.") from None
     for shard in folder.glob("*.safetensors"):
         shard.chmod(0o644)  # safetensors makes files that only their owner can read
 
@@ -142,9 +142,23 @@ def save_pretraining(folder: Path, phase: PhaseRecord) -> None:
 
 
 def pretraining(folder: Path) -> list[PhaseRecord]:
-    """The record that ``save_pretraining`` left in a base's folder; empty for a base of other origin."""
+    """The record that ``save_pretraining`` left in a base's folder; empty for a base of other origin.
+
+    Raises:
+        UserError: the file is no such record.
+    """
     path = folder / _PRETRAINING_NAME
-    return [PhaseRecord.model_validate_json(path.read_text())] if path.is_file() else []
+    if not path.is_file():
+        return []
+    content = read_json(folder, _PRETRAINING_NAME)
+    try:
+        return [PhaseRecord.model_validate(content)]
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UserError(
+            f"BASE: {path} is not the record that `prosparse pretrain` writes:"
+            f" {'.'.join(map(str, fault['loc']))}: {fault['msg']}. Restore the file, or delete it to leave the record out."
+        ) from None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

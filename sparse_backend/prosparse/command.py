@@ -71,17 +71,20 @@ def command_line(name: str) -> str:
 
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name when the block succeeds and vanishes when it fails.
+    """A folder beside ``out`` that takes its name when the block succeeds.
+
+    When the block fails the folder vanishes, unless weights were saved in it: hours of training are not thrown away for
+    a disk that is full afterwards.
 
     Raises:
-        UserError: ``out`` exists, or its folder cannot be created.
+        UserError: ``out`` exists, its folder cannot be created, or it cannot be completed after the weights were saved.
     """
-    partial = out.with_name(out.name + ".partial")
-    if out.exists():
-        raise UserError(
-            f"OUT {str(out)!r} exists already. Nothing is overwritten: name another folder, or delete this one first."
-        )
     try:
+        if out.is_symlink() or out.exists():
+            raise UserError(
+                f"OUT {str(out)!r} exists already. Nothing is overwritten: name another folder, or delete this one first."
+            )
+        partial = out.with_name(out.name + ".partial")
         partial.mkdir(parents=True)
     except FileExistsError:
         raise UserError(
@@ -93,8 +96,15 @@ def building(out: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(out)
-    except BaseException:
-        rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if not any(partial.glob("*.safetensors")):
+            rmtree(partial, ignore_errors=True)
+            raise
+        kept = f"The trained weights are kept in {str(partial)!r}."
+        if isinstance(error, UserError | OSError):
+            reason = str(error).removesuffix(".")
+            raise UserError(f"OUT {str(out)!r} could not be completed: {reason}. {kept}") from None
+        error.add_note(kept)
         raise
 
 

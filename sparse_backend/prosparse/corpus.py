@@ -93,6 +93,15 @@ def read_corpus(source: str, name: str | None = None) -> Corpus:
             " of text files, of a .jsonl file or of a text file."
         )
     documents = sorted((document for document in found if document.text.strip()), key=lambda document: document.path)
+    for document in documents:
+        # File names may hold any bytes, and JSON may spell half a surrogate pair.
+        try:
+            (document.path + document.text).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"--corpus {source!r}: the name or the text of {document.path!r} is not valid Unicode. Rename or mend it, or"
+                " leave it out."
+            ) from None
     corpus = Corpus(name or default_name, tuple(documents))
     if not documents:
         raise UserError(
@@ -152,7 +161,7 @@ def _jsonl_documents(path: Path) -> Iterator[Document]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"--corpus {path}: line {number} is not JSON ({error}). Each line must be one JSON object."
             ) from None

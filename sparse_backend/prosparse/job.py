@@ -72,10 +72,12 @@ def sparsify(base: Path, folder: Path, corpus: Corpus, recipe: SparsifyRecipe, r
     """Run the three steps on ``base`` and write the checkpoint into ``folder``, an existing empty folder.
 
     Raises:
-        UserError: base, corpus and recipe do not fit together, or training diverges.
+        UserError: base, corpus and recipe do not fit together, training diverges, or files cannot be written.
     """
     modeling.register()
     base_activation = check_base(base)
+    # Whatever the manifest says of the input is read before hours of training, not after.
+    pretrained, corpus_sha256 = pretraining(base), corpus.sha256
     text, base_loss = _measure_base(base, corpus, recipe, runtime)
     print(f"base: {base_activation}, held-out loss {base_loss:.4f}", flush=True)
 
@@ -113,13 +115,13 @@ def sparsify(base: Path, folder: Path, corpus: Corpus, recipe: SparsifyRecipe, r
         base_activation=base_activation,
         corpus=CorpusRecord(
             name=corpus.name,
-            sha256=corpus.sha256,
+            sha256=corpus_sha256,
             documents=len(corpus.documents),
             held_out_documents=len(corpus.held_out),
             train_tokens=len(text.stream),
             held_out_tokens=text.held_out.blocks.numel(),
         ),
-        phases=[*pretraining(base), *_training_phases(recipe, schedule, seconds), sweep],
+        phases=[*pretrained, *_training_phases(recipe, schedule, seconds), sweep],
         seed=recipe.seed,
         versions=versions(),
         device=device_name(runtime.device),

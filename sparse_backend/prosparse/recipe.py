@@ -28,7 +28,7 @@ class TrainingRecipe(BaseModel):
     )
     warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(default=0.1, ge=0, description="AdamW's weight decay, on matrices only")
-    seed: int = Field(default=0, ge=0, description="seed of the initial weights and of the order of the text")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the initial weights and of the order of the text")
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:

@@ -12,9 +12,6 @@ from vllm.platforms import current_platform
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.ffn import native, paths
 
-ALWAYS_SPARSE = 2**31 - 1
-ALWAYS_DENSE = 0
-
 
 class PluginSettings(BaseModel):
     """What reaches the plugin through vLLM's ``additional_config["prosparse"]``."""
@@ -44,9 +41,9 @@ def _resolve(vllm_config: VllmConfig, ffn_path: Literal["auto", "sparse", "dense
     config = vllm_config.model_config.hf_config
     n_layers: int = config.num_hidden_layers
     if ffn_path == "dense" or native.kernel_info(current_platform.device_type).name == "reference":
-        return [ALWAYS_DENSE] * n_layers
+        return [paths.ALWAYS_DENSE] * n_layers
     if ffn_path == "sparse":
-        return [ALWAYS_SPARSE] * n_layers
+        return [paths.ALWAYS_SPARSE] * n_layers
     densities: Sequence[float | None] = [None] * n_layers
     folder = Path(vllm_config.model_config.model)
     if folder.is_dir():

@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from sparse_backend.bench.arguments import row_counts
+from sparse_backend.bench.arguments import positive_int, row_counts
 
 
 def test_reads_a_list() -> None:
@@ -13,3 +13,13 @@ def test_reads_a_list() -> None:
 def test_refuses_what_is_no_list_of_positive_numbers(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"whole numbers|below 1"):
         row_counts(text)
+
+
+def test_reads_a_positive_number() -> None:
+    assert positive_int("7") == 7
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "a"])
+def test_refuses_what_is_no_positive_number(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"whole number|below 1"):
+        positive_int(text)

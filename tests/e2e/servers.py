@@ -45,6 +45,10 @@ class Server:
         """POST JSON to one path."""
         return self._client.post(path, json=body)
 
+    def post_raw(self, path: str, body: bytes, content_type: str) -> httpx.Response:
+        """POST any bytes to one path."""
+        return self._client.post(path, content=body, headers={"Content-Type": content_type})
+
     def wait_listening(self) -> None:
         """Until the server answers at all."""
         self._wait_for("/livez", 60)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from server import cli
 from sparse_backend.checkpoint import MANIFEST_NAME
 from tests.checkpoints import edit_config, write_tiny_checkpoint
 from tests.e2e.conftest import DEMO
@@ -54,12 +55,17 @@ def truncate_shard(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:1000])
 
 
+def spoil_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("garbage")
+
+
 def replace_shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
 DAMAGES: list[tuple[Callable[[Path], None], list[str]]] = [
     (remove_tokenizer, ["no tokenizer", "tokenizer.json"]),
+    (spoil_tokenizer, ["tokenizer.json", "cannot be read as JSON"]),
     (truncate_shard, ["model.safetensors", "not a complete safetensors file"]),
     (replace_shard, ["no *.safetensors", "pytorch_model.bin"]),
     (lambda folder: edit_config(folder, hidden_act="silu"), ["Swish", "prosparse sparsify"]),
@@ -70,6 +76,17 @@ DAMAGES: list[tuple[Callable[[Path], None], list[str]]] = [
     (lambda folder: edit_config(folder, architectures=["OPTForCausalLM"]), ["OPTForCausalLM", "served are"]),
     (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),
 ]
+
+
+@pytest.mark.parametrize(("damage", "expected"), DAMAGES)
+def test_inspect(folder, damage, expected, capsys):
+    damage(folder)
+    assert cli.main(["inspect", str(folder)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("prosparse: error: ")
+    assert shown.err.count("\n") == 1
+    assert all(part in shown.err for part in expected)
 
 
 @pytest.mark.parametrize(("damage", "expected"), DAMAGES)
@@ -103,10 +120,13 @@ def test_sha256_that_disagrees_with_the_manifest(tmp_path):
     [
         (["--prot", "1"], {}, ["unknown flag --prot", "did you mean --port?"]),
         ([], {"PROSPARSE_PROT": "1"}, ["PROSPARSE_PROT", "did you mean PROSPARSE_PORT?"]),
+        ([], {"PROSPARSE_CPU_ISA": "avx3"}, ["PROSPARSE_CPU_ISA is 'avx3'", "avx2"]),
         (["--", "--max-model-len", "257"], {}, ["--max-model-len 257", "256 tokens"]),
         (["--", "--max-num-sequences", "4"], {}, ["has no flag --max-num-sequences", "did you mean --max-num-seqs?"]),
         (["--", "--max-num-seqs", "0"], {}, ["max_num_seqs"]),
         (["--", "--trust-remote-code"], {}, ["--trust-remote-code is refused"]),
+        (["--", "--help"], {}, ["--help is refused", "vllm serve --help"]),
+        (["--", "--data-parallel-size", "2"], {}, ["--data-parallel-size is refused"]),
         (["--host", "203.0.113.1"], {}, ["cannot listen on 203.0.113.1"]),
     ],
 )

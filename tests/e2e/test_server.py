@@ -178,6 +178,23 @@ def test_malformed_requests(client, request_, error):
     assert str(DEMO) not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b"", "application/json"),
+        (b'{"model": "demo", "prompt": ', "application/json"),
+        (b"\xff\xfe\x00", "application/json"),
+        (b"[" * 100_000, "application/json"),
+        (b'{"model": "demo", "prompt": "x"}', "text/plain"),
+    ],
+)
+def test_malformed_bodies(server, path, body, content_type):
+    answer = server.post_raw(path, body, content_type)
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
 def test_a_bad_schema_fails_its_own_request_only(client):
     bad = {"type": "json_schema", "json_schema": {"name": "bad", "schema": {"type": "no such type"}, "strict": True}}
     with pytest.raises(openai.BadRequestError):

@@ -1,5 +1,8 @@
 import argparse
+import re
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,11 +85,13 @@ def test_a_machine_without_a_compiler_uses_what_was_built(
 
 def test_a_failing_compiler_is_quoted(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(tmp_path, FAILS, monkeypatch)
-    with pytest.raises(build.BuildError, match="no such thing as a tensor"):
+    with pytest.raises(build.BuildError, match="no such thing as a tensor") as caught:
         build.build()
+    # What ends up in a metric's label.
+    assert re.fullmatch(r"the C\+\+ compiler failed on [a-z0-9_/]+\.cpp", caught.value.reason)
     assert not list(cache.glob("native/*/*.so"))
     assert not list(cache.glob("native/build-*"))
-    with pytest.raises(UserError, match=r"could not be compiled: .*no such thing as a tensor"):
+    with pytest.raises(UserError, match=r"(?s)could not be compiled: .*no such thing as a tensor"):
         build.run(argparse.Namespace())
 
 
@@ -100,7 +105,13 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PROSPARSE_CACHE_DIR", str(tmp_path / "file"))
     compiler(tmp_path, FAKE, monkeypatch)
-    with pytest.raises(build.BuildError, match=r"file.*PROSPARSE_CACHE_DIR"):
+    with pytest.raises(build.BuildError, match=r"(?s)PROSPARSE_CACHE_DIR.*file"):
+        build.build()
+
+
+def test_a_compiler_that_is_no_command_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ 'x")
+    with pytest.raises(build.BuildError, match=r"CXX is \"g\+\+ 'x\".*no closing quotation"):
         build.build()
 
 
@@ -109,3 +120,15 @@ def test_command_builds_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
     path, kernel = capsys.readouterr().out.splitlines()
     assert Path(path).is_file()
     assert kernel.startswith("kernel: cpu, instruction set in use: ")
+
+
+def test_command_says_once_that_there_is_no_compiler(cache: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from server.cli import main; sys.exit(main(['build']))"],
+        env={"PATH": "", "PROSPARSE_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("no C++ compiler") == 1

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -114,6 +115,9 @@ def test_made_up_corpus_of_the_tests_has_both_sides(tmp_path: Path) -> None:
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2", "not JSON"]),
         ("bad.jsonl", b'{"content": "a"}\n', ["line 1", '"text"']),
         ("bad.jsonl", b'["a"]\n', ["line 1", '"text"']),
+        ("bad.jsonl", b"[" * 200_000, ["line 1", "not JSON"]),
+        ("bad.jsonl", b'{"path": "\\udcff.py", "text": "a"}\n', ["udcff.py", "not valid Unicode"]),
+        ("bad.jsonl", b'{"path": "a.py", "text": "\\ud800"}\n', ["a.py", "not valid Unicode"]),
         ("latin.txt", "é".encode("latin-1"), ["latin.txt", "UTF-8"]),
         ("short.txt", b"one line\n", ["held-out split", "Add documents"]),
     ],
@@ -132,3 +136,9 @@ def test_unusable_source_is_refused_with_the_reason(
 def test_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no text"):
         read_corpus(str(tmp_path))
+
+
+def test_file_name_that_is_not_utf8_is_refused_and_named(folder: Path) -> None:
+    (folder / os.fsdecode(b"caf\xe9.py")).write_text("a = 1\n")
+    with pytest.raises(UserError, match=r"caf\\udce9\.py' is not valid Unicode"):
+        read_corpus(str(folder))

@@ -1,5 +1,6 @@
 """Both commands from end to end on the CPU, with a model and a corpus small enough for seconds."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -171,6 +172,16 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "other family": (lambda f: edit_config(f, model_type="opt"), ["model_type 'opt'", "LLaMA"]),
     "ProSparse already": (lambda f: edit_config(f, model_type="sparsellama"), ["all three steps already"]),
     "other activation": (lambda f: edit_config(f, hidden_act="tanh"), ["hidden_act 'tanh'", "Swish or GELU"]),
+    "activation is a list": (lambda f: edit_config(f, hidden_act=["silu"]), ["hidden_act ['silu']", "Swish or GELU"]),
+    "config too deep": (lambda f: (f / "config.json").write_text("[" * 200_000), ["config.json", "JSON"]),
+    "unreadable record of pretraining": (
+        lambda f: (f / "pretraining.json").write_text("{"),
+        ["pretraining.json", "cannot be read as JSON"],
+    ),
+    "damaged record of pretraining": (
+        lambda f: (f / "pretraining.json").write_text('{"name": "pretraining"}'),
+        ["pretraining.json", "steps", "Restore the file"],
+    ),
     "biases": (lambda f: edit_config(f, mlp_bias=True), ["mlp_bias"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["safetensors"]),
     "weights of another shape": (lambda f: edit_config(f, intermediate_size=128), ["cannot be loaded"]),
@@ -223,6 +234,32 @@ def test_unusable_flags_are_refused_with_nothing_left_behind(
     error = capsys.readouterr().err
     assert [word for word in words if word not in error] == []
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_output_that_is_a_folder_by_another_name_is_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(job, world.base, out, "--corpus", world.corpus, *RUN) == 2
+    assert capsys.readouterr().err.startswith("prosparse: error: OUT")
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_after_training_keeps_the_weights_and_says_where(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Manifest, "write", fail)
+    arguments = ["--corpus", world.corpus, "--context", 128, "--batch", 8, "--tokens", 8192]
+    assert command(job, world.base, tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert f"kept in {str(tmp_path / 'out.partial')!r}" in error
+    assert load_file(tmp_path / "out.partial" / "model.safetensors")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

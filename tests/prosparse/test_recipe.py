@@ -28,6 +28,7 @@ def test_steps_reach_the_tokens() -> None:
     [
         (["--tokens", "0"], ["--tokens is 0", "greater than 0"]),
         (["--tokens", "-5"], ["--tokens"]),
+        (["--seed", "4294967296"], ["--seed is 4294967296", "less than 4294967296"]),
         (["--l1", "nan"], ["--l1 is nan"]),
         (["--l1=-1e-5"], ["--l1", "greater than or equal to 0"]),
         (["--learning-rate", "inf"], ["--learning-rate is inf"]),

@@ -37,6 +37,13 @@ def test_mistakes_are_named_with_the_nearest_match(argv, expected, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("argv", [["serve", "folder"], ["inspect", "folder"]])
+def test_an_environment_key_that_is_no_setting_is_refused_for_any_command(argv, capsys, monkeypatch):
+    monkeypatch.setenv("PROSPARSE_CACHE_DRI", "x")
+    assert cli.main(argv) == 2
+    assert "PROSPARSE_CACHE_DRI, which is no setting (did you mean PROSPARSE_CACHE_DIR?)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("argv", "status"), [([], 2), (["--help"], 0), (["-h"], 0)])
 def test_overview_lists_every_command(argv, status, capsys):
     assert cli.main(argv) == status

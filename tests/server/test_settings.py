@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from server.settings import OTHER_ENVIRONMENT_KEYS, Settings, add_flags, flag_of
+from server.settings import CPU_ISAS, OTHER_ENVIRONMENT_KEYS, Settings, add_flags, check_environment, flag_of
 from sparse_backend.errors import UserError
 
 
@@ -75,13 +75,30 @@ def test_missing_file_is_refused(tmp_path):
 def test_unknown_environment_keys_are_refused(key, monkeypatch):
     monkeypatch.setenv(key, "1")
     with pytest.raises(UserError, match=f"the environment has {key}, which is no setting"):
-        parse("m")
+        check_environment()
 
 
 @pytest.mark.parametrize("key", sorted(OTHER_ENVIRONMENT_KEYS))
 def test_environment_keys_of_other_rooms_are_known(key, monkeypatch):
-    monkeypatch.setenv(key, "x")
-    assert parse("m").port == 8000
+    monkeypatch.setenv(key, "avx2")
+    check_environment()
+
+
+@pytest.mark.parametrize("isa", ["", *CPU_ISAS])
+def test_known_instruction_sets_pass(isa, monkeypatch):
+    monkeypatch.setenv("PROSPARSE_CPU_ISA", isa)
+    check_environment()
+
+
+def test_instruction_sets_without_kernels_are_refused(monkeypatch):
+    monkeypatch.setenv("PROSPARSE_CPU_ISA", "avx3")
+    with pytest.raises(UserError, match="PROSPARSE_CPU_ISA is 'avx3'; known are amx, "):
+        check_environment()
+
+
+def test_the_known_instruction_sets_are_those_with_kernels():
+    sources = Path(__file__).parents[2] / "sparse_backend" / "ffn" / "csrc" / "cpu"
+    assert {f"isa_{isa}.cpp" for isa in CPU_ISAS} == {path.name for path in sources.glob("isa_*.cpp")}
 
 
 def test_every_environment_key_the_sources_read_is_known():
@@ -130,6 +147,11 @@ def test_keys_come_from_flags_environment_and_file(monkeypatch, tmp_path):
     assert "k5" not in repr(parse("m"))
 
 
+def test_space_around_a_key_is_no_part_of_it():
+    # A header's value arrives stripped, so a key with space around it could never be given.
+    assert parse("m", "--api-key", " k1 ").api_keys() == ["k1"]
+
+
 def test_an_empty_key_in_the_environment_does_not_open_the_server(monkeypatch):
     monkeypatch.setenv("PROSPARSE_API_KEY", "")
     with pytest.raises(UserError, match="PROSPARSE_API_KEY in the environment: a key is empty"):
@@ -165,6 +187,15 @@ def test_vllm_flags_from_the_environment_are_split_like_a_shell_does(monkeypatch
         ("--trust_remote_code", "--trust-remote-code is refused"),
         ("--worker-extension-cls", "--worker-extension-cls is refused"),
         ("--hf-overrides.architectures", "--hf-overrides is refused"),
+        ("--data-parallel-size=2", "--data-parallel-size is refused: the sparsity metrics"),
+        ("--data_parallel_rank", "--data-parallel-rank is refused: the sparsity metrics"),
+        ("-dp", "-dp is refused: the sparsity metrics"),
+        ("-dpl", "-dpl is refused: the sparsity metrics"),
+        ("--enable-tokenizer-info-endpoint", "--enable-tokenizer-info-endpoint is refused: its path is not served"),
+        ("--enable-server-load-tracking", "--enable-server-load-tracking is refused: its path is not served"),
+        ("--help", "--help is refused: `vllm serve --help` shows"),
+        ("--help=all", "--help is refused: `vllm serve --help` shows"),
+        ("-h", "-h is refused: `vllm serve --help` shows"),
     ],
 )
 def test_vllm_flags_that_are_ours_or_unsafe_are_refused(flag, expected):
@@ -179,3 +210,13 @@ def test_every_setting_has_a_flag_and_says_what_it_does():
     for name, field in Settings.model_fields.items():
         assert field.description
         assert name == "vllm_flags" or flag_of(name) in help_text
+
+
+def test_help_shows_the_choices():
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    help_text = parser.format_help()
+    assert "--ffn-path {auto,sparse,dense}" in help_text
+    assert "--dtype {auto,bfloat16,float32}" in help_text
+    assert "--log-level {debug,info,warning,error}" in help_text
+    assert "--port PORT" in help_text

@@ -189,6 +189,29 @@ async def test_an_engine_that_raises_is_a_failure_and_no_more(live, engine, capl
     assert shown["sparse_ffn_rows_total", "0", "sparse"] == 10
 
 
+async def test_an_engine_that_keeps_failing_owes_an_answer(live, engine):
+    engine.answer = RuntimeError("gone")
+    for second in range(12):
+        engine.now += MIN_INTERVAL
+        assert await live.unanswered() == second
+    # Between two questions it has answered no more than before.
+    engine.now += MIN_INTERVAL / 2
+    assert await live.unanswered() == 11.5
+    assert samples(live)["sparse_snapshot_failures_total",] == 0, "a probe is no scrape"
+    engine.answer = snapshot(0, 0, 0, 0)
+    engine.now += MIN_INTERVAL
+    assert await live.unanswered() == 0
+
+
+async def test_a_scrape_that_is_slow_to_fail_counts_once(live, engine, monkeypatch):
+    monkeypatch.setattr(telemetry, "TIMEOUT", 0.01)
+    engine.hung = asyncio.Event()
+    await scrape(live, engine, 1, RuntimeError("gone"))
+    engine.hung.set()
+    await asyncio.sleep(0.01)
+    assert samples(live)["sparse_snapshot_failures_total",] == 1
+
+
 async def test_start_fails_if_the_first_snapshot_does(engine):
     engine.answer = RuntimeError("no such method")
     with pytest.raises(RuntimeError, match="no such method"):

@@ -42,13 +42,10 @@ def test_settings_become_vllm_arguments(compat, folder):
     assert parse(compat, folder, served_model_name="m").served_model_name == ["m"]
 
 
-@pytest.mark.parametrize(
-    ("stored", "used"), [("bfloat16", "bfloat16"), ("float16", "bfloat16"), ("float32", "float32")]
-)
-def test_dtype_auto_follows_the_checkpoint_where_the_kernels_can(compat, tmp_path, stored, used):
+def test_dtype_auto_is_left_to_the_checkpoint(compat, tmp_path):
     folder = write_tiny_checkpoint(tmp_path / "tiny")
-    edit_config(folder, dtype=stored)
-    assert parse(compat, folder).dtype == used
+    edit_config(folder, dtype="float32")
+    assert parse(compat, folder).dtype == Checkpoint.open(folder).engine_dtype("auto") == "float32"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +65,24 @@ def test_unusable_vllm_flags_are_named(compat, folder, flags, expected):
     with pytest.raises(UserError, match=expected) as caught:
         parse(compat, folder, *flags)
     assert "\n" not in str(caught.value)
+
+
+def test_no_data_parallel_flag_of_vllms_gets_through():
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = {
+        option
+        for action in parser._actions
+        if action.dest.startswith("data_parallel_")
+        for option in action.option_strings
+        if not option.startswith("--no-")
+    }
+    assert {"--data-parallel-size", "-dp", "-dpl"} <= flags
+    for flag in flags:
+        with pytest.raises(UserError, match=f"{flag} is refused"):
+            Settings.load({"model": "m", "vllm_flags": [flag]})
 
 
 @pytest.mark.parametrize("length", ["256", "100", "auto"])
@@ -126,6 +141,9 @@ async def test_other_paths_are_openai_shaped_404(client, path):
     ("path", "request_", "status"),
     [
         ("/v1/completions", {"content": b"{"}, 400),
+        ("/v1/completions", {"content": b""}, 400),
+        ("/v1/completions", {"content": b"[" * 100_000}, 400),
+        ("/v1/completions", {"content": b"\xff\xfe\x00"}, 400),
         ("/v1/completions", {"json": []}, 400),
         ("/v1/completions", {"json": {"prompt": "x", "max_tokens": "many"}}, 400),
         ("/v1/completions", {"content": b"{}", "headers": {"content-type": "text/plain"}}, 400),
@@ -157,3 +175,15 @@ async def test_a_dead_engine_is_a_503(client):
     response = await client.get("/v1/models")
     assert (response.status_code, response.json()["error"]["type"]) == (503, "ServiceUnavailableError")
     assert "retry-after" in response.headers
+
+
+@pytest.mark.parametrize("missing", ["compiler", "Python.h"])
+def test_what_cannot_be_compiled_runs_eager(compat, folder, monkeypatch, tmp_path, missing):
+    if not compat.current_platform.is_cpu():
+        pytest.skip("the CPU's defaults")
+    monkeypatch.setattr(compat.shutil, "which", lambda _command: None if missing == "compiler" else "/usr/bin/g++")
+    monkeypatch.setattr(compat.sysconfig, "get_path", lambda _name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    assert parse(compat, folder).enforce_eager is (missing == "compiler")
+    (tmp_path / "Python.h").unlink()
+    assert parse(compat, folder).enforce_eager

@@ -15,9 +15,11 @@ namespace {
 template <class K>
 constexpr int kTileColumns = K::kColumnVecs * K::kLanes;
 
-// Neurons and rows of h and y are padded to these.
+// Neurons and rows of h and y are padded to these. A tile joins 32 neurons; below its rows, that many would be mostly zeros.
 template <class K>
-constexpr int kNeuronPadding = K::kTileRows > 0 ? 32 : K::kDepth;
+constexpr int neuron_padding(int rows) {
+  return K::kTileRows > 0 && rows >= K::kTileRows ? 32 : K::kDepth;
+}
 template <class K>
 constexpr int kRowPadding = K::kTileRows > 0 ? 16 : 1;
 
@@ -106,7 +108,7 @@ struct DownBlock {
   const typename K::Weight* const* ahead;  // rows to request meanwhile, as many,
   int64_t ahead_shift;                     // so many columns further on
   const typename K::Weight* const* rows;
-  int neurons;                  // a multiple of kNeuronPadding
+  int neurons;                  // a multiple of neuron_padding
   const typename K::Hidden* h;             // [row_count, padded to kRowPadding][h_stride]
   int64_t h_stride;
   int row_count;

@@ -86,7 +86,7 @@ void add_neurons(const SparseRoom<K>& room, int thread, Range range, const typen
   };
   for (int64_t start = range.begin; start < range.end; start += block) {
     const int count = static_cast<int>(smaller<int64_t>(block, range.end - start));
-    const int padded = round_up(count, kNeuronPadding<K>);
+    const int padded = round_up(count, neuron_padding<K>(rows));
     for (int i = 0; i < round_up(count, kNeuronBlock); ++i) up_rows[i] = row_at(up, start + smaller(i, count - 1));
     for (int i = 0; i < padded; ++i) {
       down_rows[i] = i < count ? row_at(down_t, start + i) : room.zero_row;
@@ -331,7 +331,7 @@ void dense_block(const DenseDownRoom<K>& room, int thread, Range columns, int ro
   std::memset(sums, 0, rows * room.columns * sizeof(float));
   for (int64_t start = 0; start < d_ff; start += kDenseNeurons) {
     const int count = static_cast<int>(smaller<int64_t>(kDenseNeurons, d_ff - start));
-    const int padded = round_up(count, kNeuronPadding<K>);
+    const int padded = round_up(count, neuron_padding<K>(rows));
     const Weight* down_rows[kDenseNeurons];
     for (int i = 0; i < padded; ++i) {
       down_rows[i] = i < count ? down_t + (start + i) * d_model : room.zero_row;
