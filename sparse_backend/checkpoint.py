@@ -289,6 +289,9 @@ def _check_architecture(folder: Path, config: Mapping[str, Any]) -> None:
     for whole, part in _MULTIPLES:
         if part in (*_COUNTS, *present) and config[whole] % config[part]:
             raise UserError(f"{where}: {whole} is {config[whole]}, which is no multiple of {part}, {config[part]}.")
+    for field in ("hidden_size", "intermediate_size"):
+        if config[field] % 8:
+            raise UserError(f"{where}: {field} is {config[field]}; the kernels compute multiples of 8 only.")
     if config.get("mlp_bias"):
         raise UserError(f"{where}: mlp_bias is set; feed-forward layers with biases are not supported.")
 

@@ -136,6 +136,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         _without_manifest(lambda f: edit_config(f, num_hidden_layers=0)),
         ["num_hidden_layers", "positive integer"],
     ),
+    "d_ff no multiple of 8": (
+        _without_manifest(lambda f: edit_config(f, intermediate_size=100)),
+        ["intermediate_size", "100", "multiples of 8"],
+    ),
     "biases": (_without_manifest(lambda f: edit_config(f, mlp_bias=True)), ["mlp_bias"]),
     "Swish": (_without_manifest(lambda f: edit_config(f, hidden_act="silu")), ["Swish", "prosparse sparsify"]),
     "NaN threshold": (
