@@ -162,13 +162,23 @@ def _compile_into(library: Path, compiler: _Compiler) -> None:
             list(pool.map(compile_unit, units.keys(), units.values(), objects))
         linked = Path(folder) / LIBRARY
         # torch has loaded its own libraries by the time this one is: the names are enough, no search path is recorded.
-        libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10", *_shared_runtime(compiler)]
         _call(
             [*compiler.command, "-shared", "-Wl,--as-needed", *map(str, objects), *libraries, "-o", str(linked)],
             LIBRARY,
         )
         library.parent.mkdir(exist_ok=True)
         linked.replace(library)
+
+
+def _shared_runtime(compiler: _Compiler) -> list[str]:
+    """The shared libstdc++, where there is one, named before the compiler adds its own choice.
+
+    Some compilers link libstdc++ statically. An error thrown from such a copy into torch's crashes the process.
+    """
+    name = "libstdc++.so.6"
+    found = subprocess.run([*compiler.command, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+    return [path] if Path(path := found.stdout.strip()).is_absolute() else []
 
 
 def _call(command: list[str], target: str) -> None:

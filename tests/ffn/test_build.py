@@ -141,3 +141,23 @@ def test_command_says_once_that_there_is_no_compiler(cache: Path) -> None:
         check=True,
     )
     assert (done.stdout + done.stderr).count("no C++ compiler") == 1
+
+
+REFUSED = """
+import torch
+from sparse_backend.ffn import counters, sparse_gated_ffn
+try:
+    sparse_gated_ffn(torch.zeros(1, 12), torch.zeros(16, 12), torch.zeros(8, 12), 0.0, counters.new_counters(), 1)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_compiler_that_links_its_runtime_statically_gives_errors_and_no_crash(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "g++ -static-libstdc++ -static-libgcc")
+    ran = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "d_model must be a positive multiple of 8" in ran.stdout
+    assert list(cache.glob(f"native/*/{build.LIBRARY}"))
