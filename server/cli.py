@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"prosparse: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader of our output went away (`prosparse inspect … | head`). What is still buffered goes nowhere, or Python would
+        # complain about the same pipe once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _run(argv: list[str]) -> int:

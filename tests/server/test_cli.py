@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,12 @@ def test_every_command_has_a_module(command):
 
 def test_nearest_says_nothing_of_far_words():
     assert cli.nearest("--zzz", ["--port"]) == ""
+
+
+def test_a_reader_that_goes_away_gets_no_traceback():
+    prosparse = f"{sys.executable} -c 'from server.cli import main; raise SystemExit(main())'"
+    command = f"{prosparse} inspect deploy/demo --json | head -c 10"
+    ran = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
+    )
+    assert (ran.stdout, ran.stderr) == ('{\n  "folde', "")
