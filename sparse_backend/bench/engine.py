@@ -71,9 +71,9 @@ class Engine:
         """Continue token-id prompts greedily, all at once, for exactly ``max_tokens``; also the seconds it took."""
         return self._call("generate", prompts, max_tokens, top_logprobs)
 
-    def snapshot(self, *, reset: bool = False) -> SparsitySnapshot:
-        """The layers' counters; ``reset`` sets them to zero afterwards."""
-        return self._call("snapshot", reset)
+    def snapshot(self) -> SparsitySnapshot:
+        """The layers' counters."""
+        return self._call("snapshot")
 
     def start_recording(self) -> None:
         """Keep what the feed-forward layers are given from now on. Needs an eager engine."""
@@ -167,11 +167,8 @@ class _EngineServer:
             generations.append(Generation(list(completion.token_ids), top))
         return generations, seconds
 
-    def snapshot(self, reset: bool) -> SparsitySnapshot:
-        snapshot: SparsitySnapshot = self._llm.collective_rpc("sparsity_snapshot")[0]
-        if reset:
-            self._llm.collective_rpc("sparsity_reset")
-        return snapshot
+    def snapshot(self) -> SparsitySnapshot:
+        return self._llm.collective_rpc("sparsity_snapshot")[0]
 
     def start_recording(self) -> None:
         self._llm.collective_rpc("start_recording")

@@ -5,6 +5,7 @@ measured for a handful of densities on random layers and kept in ``<cache>/paths
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -197,6 +198,7 @@ def check_shape(d_model: int, d_ff: int) -> None:
             raise UserError(f"{flag} is {size}, but the kernels take positive multiples of 8.")
 
 
+@functools.cache
 def _machine_key() -> str:
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")

@@ -32,7 +32,7 @@ class Server:
         if options.max_num_seqs > 1000:
             raise ValueError(REFUSAL)
 
-    def snapshot(self, reset: bool) -> None:
+    def snapshot(self) -> None:
         raise KeyError("layer")
 
 

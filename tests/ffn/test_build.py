@@ -10,6 +10,7 @@ import pytest
 
 from sparse_backend.errors import UserError
 from sparse_backend.ffn import build
+from tests.ffn.without_compiler import run_without_compiler
 
 # Answers --version, notes what else it is asked, and writes each output file.
 FAKE = """#!/bin/sh
@@ -133,13 +134,7 @@ except UserError as error:
 
 
 def test_command_says_once_that_there_is_no_compiler(cache: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD],
-        env={"PATH": "", "PROSPARSE_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_without_compiler(BUILD, cache)
     assert (done.stdout + done.stderr).count("no C++ compiler") == 1
 
 

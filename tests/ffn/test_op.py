@@ -1,5 +1,4 @@
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +7,7 @@ from torch.nn import functional as F
 from sparse_backend.ffn import counters, native, op, reference
 from sparse_backend.ffn.counters import ACTIVE, DENSE, ROWS, SPARSE, STEPS, UNION
 from tests.ffn.layers import ALL_DENSE, ALL_SPARSE, DTYPES, Case
+from tests.ffn.without_compiler import run_without_compiler
 
 both_paths = pytest.mark.parametrize("path", [ALL_SPARSE, ALL_DENSE], ids=["sparse", "dense"])
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -314,14 +314,8 @@ except RuntimeError as error:
 """
 
 
-def test_without_a_compiler_plain_torch_computes(tmp_path: pytest.TempPathFactory) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_COMPILER],
-        env={"PATH": "", "PROSPARSE_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def test_without_a_compiler_plain_torch_computes(tmp_path: Path) -> None:
+    done = run_without_compiler(WITHOUT_COMPILER, tmp_path)
     kernel, reason, limit, refusal = done.stdout.splitlines()
     assert kernel == "reference True [[0, 0, 0, 0], [4, 32, 16, 2]] 512.0"
     assert "install g++" in reason
