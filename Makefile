@@ -49,9 +49,9 @@ format: $(DEV_READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Builds the kernels ahead of time; without this the first start does it.
+# Builds the kernels ahead of time; without this the first start does it. DEVICE=cuda: the CUDA kernels, with nvcc.
 build: $(SERVE_READY)
-	$(BIN)/prosparse build
+	$(BIN)/prosparse build --device $(DEVICE)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -72,6 +72,7 @@ $(VENV)/.ready-cpu: requirements/torch-cpu.txt requirements/cpu.txt pyproject.to
 $(VENV)/.ready-cuda: pyproject.toml | $(BIN)/python
 	@echo "Installing the GPU server into $(VENV) …"
 	$(PIP) install --editable '.[cuda]'
+	@$(BIN)/prosparse build --device cuda || echo "Going on without them: plain PyTorch computes every layer densely."
 	@touch $@
 
 $(DEV_READY): requirements/dev.txt $(SERVE_READY)

@@ -38,7 +38,7 @@ COMMANDS = {
     "pretrain": Command("sparse_backend.prosparse.pretrain", "train a small dense model from text"),
     "sparsify": Command("sparse_backend.prosparse.job", "turn a dense model into a ProSparse checkpoint"),
     "build": Command("sparse_backend.ffn.build", "compile the native kernels for this machine"),
-    "paths": Command("sparse_backend.ffn.paths", "show up to how many rows the sparse path wins on this machine"),
+    "paths": Command("sparse_backend.bench.paths", "show up to how many rows the sparse path wins on this machine"),
     "bench ffn": Command("sparse_backend.bench.ffn", "time one feed-forward layer, sparse against dense"),
     "bench decode": Command("sparse_backend.bench.decode", "time decoding through vLLM, sparse against dense"),
     "bench parity": Command("sparse_backend.bench.parity", "compare the tokens and counters of both paths"),

@@ -218,7 +218,7 @@ class Server:
         key = " -H 'Authorization: Bearer YOUR-KEY'" if self._keys else ""
         body = f'{{"model": "{name}", "prompt": "def ", "max_tokens": 64}}'
         seconds = time.monotonic() - self._began
-        detail = kernel["isa"] or kernel["reason"]
+        detail = "; ".join(part for part in (kernel["isa"], kernel["reason"]) if part)
         say(f"ready at {address} after {seconds:.0f} s, model {name}, kernel {kernel['name']} ({detail})")
         say(f"try: curl {address}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'")
 

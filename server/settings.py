@@ -83,9 +83,10 @@ class Settings(BaseSettings):
         min_length=1,
         description="name clients give as `model` (default: the folder's name); any other name is answered 404",
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
-        description="number format of weights and activations; auto: the checkpoint's, or bfloat16 for a float16 one",
+        description="number format of weights and activations; auto: the checkpoint's, but bfloat16 for a float16 one on a"
+        " CPU. float16 needs a GPU; float32 is computed densely there",
     )
     ffn_path: Literal["auto", "sparse", "dense"] = Field(
         "auto",

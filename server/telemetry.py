@@ -83,7 +83,7 @@ class SparsityTelemetry(Collector):
 
     @property
     def kernel(self) -> KernelRecord:
-        """Which implementation computes the sparse path; known once ``start`` has returned."""
+        """Which implementation computes the feed-forward layers; known once ``start`` has returned."""
         return self._snapshots[-1][1]["kernel"]
 
     async def start(self, ask: Callable[[], Awaitable[list[SparsitySnapshot]]]) -> None:
@@ -169,7 +169,7 @@ class SparsityTelemetry(Collector):
         kernel = latest["kernel"]
         yield InfoMetricFamily(
             "sparse_kernel",
-            "Implementation of the sparse path; the reason is empty unless the slow reference is in use.",
+            "Implementation of the feed-forward layers; the reason is empty unless there is no sparse path.",
             value={"name": kernel["name"], "isa": kernel["isa"], "reason": kernel["reason"]},
         )
         yield _per_layer(

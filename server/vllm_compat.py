@@ -63,6 +63,9 @@ _CPU_KV_CACHE_BYTES = 1 << 30
 # Seconds the engine gets to stop by itself before it is killed.
 _STOP_TIMEOUT = 10
 
+# Seconds between questions whether a GPU has copied the counters, which takes it no longer than the steps it has in hand.
+_SNAPSHOT_INTERVAL = 0.01
+
 
 class _FlagParser(FlexibleArgumentParser):
     """vLLM's own parser, but a mistake is a ``UserError``."""
@@ -83,7 +86,7 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     """vLLM's argument namespace from the settings and the user's vLLM flags.
 
     Raises:
-        UserError: a flag is unknown, has a value vLLM refuses, or asks for a context longer than the checkpoint's.
+        UserError: a flag is unknown, has a value vLLM refuses, or asks for what the checkpoint or this machine cannot do.
     """
     parser = _FlagParser(prog="vLLM", allow_abbrev=False)
     BaseFrontendArgs.add_cli_args(parser)
@@ -95,9 +98,14 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
             f"--max-model-len {arguments.max_model_len} is longer than the {longest} tokens"
             f" (max_position_embeddings) that {checkpoint.folder} was made for. Give at most that, or leave it out."
         )
+    _check_neurons_per_rank(arguments.tensor_parallel_size, checkpoint)
+    if settings.dtype == "float16" and current_platform.is_cpu():
+        raise UserError(
+            "--dtype float16 needs a GPU: on a CPU we compute in bfloat16 or float32. Give one of these, or leave it out."
+        )
     arguments.model = str(checkpoint.folder)
     arguments.served_model_name = [settings.served_model_name or checkpoint.folder.resolve().name]
-    arguments.dtype = checkpoint.engine_dtype(settings.dtype)
+    arguments.dtype = checkpoint.engine_dtype(settings.dtype, float16=not current_platform.is_cpu())
     arguments.hf_overrides = {"architectures": [MODEL_CLASS]}
     arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path}}
     arguments.worker_extension_cls = "sparse_backend.vllm_plugin.worker.SparsityWorkerExtension"
@@ -105,6 +113,16 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     if current_platform.is_cpu():
         _set_cpu_defaults(arguments)
     return cast(Namespace, arguments)
+
+
+def _check_neurons_per_rank(ranks: int, checkpoint: Checkpoint) -> None:
+    """The model class refuses this too, but in a process of its own, where the reason would drown."""
+    d_ff = checkpoint.config["intermediate_size"]
+    if ranks > 1 and d_ff % (8 * ranks):
+        raise UserError(
+            f"--tensor-parallel-size {ranks} would give each rank {d_ff / ranks:g} of the {d_ff} neurons (intermediate_size) of"
+            f" a layer, but the kernels take multiples of 8. Give a number that divides {d_ff // 8}."
+        )
 
 
 def _set_cpu_defaults(arguments: Namespace) -> None:
@@ -157,8 +175,12 @@ class Engine:
         await self._llm.collective_rpc("sparsity_reset")
 
     async def snapshots(self) -> list[SparsitySnapshot]:
-        """Each worker's sparsity counters."""
-        return cast(list[SparsitySnapshot], await self._llm.collective_rpc("sparsity_snapshot"))
+        """Each worker's sparsity counters; the engine goes on working while a GPU copies them."""
+        answers = await self._llm.collective_rpc("sparsity_snapshot_begin")
+        while None in answers:
+            await asyncio.sleep(_SNAPSHOT_INTERVAL)
+            answers = await self._llm.collective_rpc("sparsity_snapshot_poll")
+        return cast(list[SparsitySnapshot], answers)
 
     async def stop(self) -> None:
         """End the engine's processes; requests still in it get an error."""

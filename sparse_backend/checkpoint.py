@@ -185,12 +185,15 @@ class Checkpoint:
             return None
         return [1.0 - layer.sparsity for layer in self.manifest.layers]
 
-    def engine_dtype(self, requested: str) -> str:
-        """The dtype to compute in: ``requested``, or for "auto" float32 if the weights are stored so, else bfloat16."""
+    def engine_dtype(self, requested: str, *, float16: bool = False) -> str:
+        """The dtype to compute in: ``requested``, or for "auto" the one the weights are stored in where we compute in it.
+
+        ``float16``: whether we do so in float16, which is for GPUs. Anything else becomes bfloat16.
+        """
         if requested != "auto":
             return requested
         stored = self.config.get("dtype") or self.config.get("torch_dtype")
-        return "float32" if stored == "float32" else "bfloat16"
+        return stored if stored == "float32" or (stored == "float16" and float16) else "bfloat16"
 
     def _verify(self) -> None:
         manifest = self.manifest

@@ -320,20 +320,21 @@ def test_hashes_cover_every_file_that_a_loader_reads(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "computed"),
+    ("stored", "computed", "computed_with_float16"),
     [
-        ({"dtype": "float32"}, "float32"),
-        ({"dtype": None, "torch_dtype": "float32"}, "float32"),
-        ({"dtype": "bfloat16"}, "bfloat16"),
-        ({"dtype": "float16"}, "bfloat16"),
-        ({"dtype": None}, "bfloat16"),
+        ({"dtype": "float32"}, "float32", "float32"),
+        ({"dtype": None, "torch_dtype": "float32"}, "float32", "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16", "bfloat16"),
+        ({"dtype": "float16"}, "bfloat16", "float16"),
+        ({"dtype": None}, "bfloat16", "bfloat16"),
     ],
 )
-def test_engine_computes_in_float32_only_for_weights_stored_so(
-    folder: Path, stored: dict[str, object], computed: str
+def test_engine_computes_in_the_dtype_of_the_weights_where_it_can(
+    folder: Path, stored: dict[str, object], computed: str, computed_with_float16: str
 ) -> None:
     edit_config(folder, **stored)
     checkpoint = Checkpoint.open(folder, verify=False)
     assert checkpoint.engine_dtype("auto") == computed
+    assert checkpoint.engine_dtype("auto", float16=True) == computed_with_float16
     assert checkpoint.engine_dtype("float32") == "float32"
     assert checkpoint.engine_dtype("bfloat16") == "bfloat16"

@@ -11,12 +11,14 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from sparse_backend.bench.recording import LayerRecount
+from sparse_backend.bench.synthetic_loader import load_arguments
+from sparse_backend.bench.synthetic_model import SyntheticModel
 from sparse_backend.checkpoint import MODEL_CLASS, Checkpoint
 from sparse_backend.errors import UserError
 from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
-
-KV_CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class EngineOptions:
     max_num_seqs: int = 64
     stock: bool = False
     """Run vLLM's own LLaMA class with Swish on the same weights: other text, the same shapes, vLLM's own dense kernels."""
+    quantization: str | None = None
+    """One of vLLM's, such as "fp8"; for ``stock`` only."""
+    synthetic: SyntheticModel | None = None
+    """Make these weights in place of loading the folder's."""
+    max_model_len: int | None = None
+    """Longest sequence in tokens; None takes the checkpoint's."""
+    kv_cache_bytes: int = 1 << 30
+    gpu_share: float | None = None
+    """Share of the GPU's memory that must be free for this engine when it starts; None takes vLLM's default."""
 
 
 class Engine:
@@ -50,7 +61,8 @@ class Engine:
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        options = replace(options, dtype=checkpoint.engine_dtype(options.dtype))
+        dtype = checkpoint.engine_dtype(options.dtype, float16=torch.cuda.is_available())
+        options = replace(options, dtype=dtype)
         self._process = context.Process(target=_serve, args=(theirs, str(checkpoint.folder), options), daemon=True)
         self._process.start()
         theirs.close()
@@ -123,6 +135,13 @@ class _EngineServer:
         logging.getLogger("torch").setLevel(logging.ERROR)
         from vllm import LLM
 
+        settings: dict[str, Any] = {"ffn_path": options.ffn_path}
+        extra: dict[str, Any] = {}
+        if options.synthetic:
+            settings["densities"] = options.synthetic.layer_densities()
+            extra |= load_arguments(options.synthetic)
+        if options.gpu_share:
+            extra["gpu_memory_utilization"] = options.gpu_share
         overrides = (
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
             if options.stock
@@ -133,14 +152,17 @@ class _EngineServer:
             dtype=options.dtype,
             enforce_eager=options.eager,
             hf_overrides=overrides,
-            additional_config={"prosparse": {"ffn_path": options.ffn_path}},
+            additional_config={"prosparse": settings},
             worker_extension_cls="sparse_backend.bench.recording.RecordingWorkerExtension",
             max_num_seqs=options.max_num_seqs,
-            kv_cache_memory_bytes=KV_CACHE_BYTES,
+            max_model_len=options.max_model_len,
+            quantization=options.quantization,
+            kv_cache_memory_bytes=options.kv_cache_bytes,
             enable_prefix_caching=False,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=0,
+            **extra,
         )
         self._llm.collective_rpc("sparsity_reset")
 

@@ -9,6 +9,7 @@ import argparse
 import json
 from typing import TypedDict
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +18,7 @@ from sparse_backend.bench.engine import Engine, EngineOptions, Generation
 from sparse_backend.bench.prompts import PROMPT_TOKENS, check_context, held_out_prompts
 from sparse_backend.bench.recording import LayerRecount
 from sparse_backend.checkpoint import Checkpoint
+from sparse_backend.errors import UserError
 from sparse_backend.ffn import native
 
 
@@ -56,7 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare and print; exit status 1 if the paths differ by more than allowed."""
-    native.require()
+    if torch.cuda.is_available():
+        raise UserError(
+            "This compares in float32, for which a GPU has no sparse kernels: it would compare the dense path with itself. Run it"
+            " on a machine without a GPU; tests/gpu compares the paths on one."
+        )
+    native.require("cpu")
     checkpoint = Checkpoint.open(arguments.model)
     check_context(checkpoint, arguments.tokens)
     result = compare(

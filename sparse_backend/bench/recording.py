@@ -66,14 +66,14 @@ class RecordingWorkerExtension(SparsityWorkerExtension):
             differs = (exact > threshold.double()) != active
             # |computed - exact| <= n * u * sum|x_i w_i| for any order of summation (Higham 2002, eq. 3.5), u the unit roundoff.
             bound = x.shape[1] * torch.finfo(torch.float32).eps * (x.double().abs() @ gate64.abs().t())
-            if values.dtype == torch.bfloat16:
-                bound += torch.finfo(torch.bfloat16).eps * exact.abs()
+            if values.dtype != torch.float32:
+                bound += torch.finfo(values.dtype).eps * exact.abs()
             moved += int(differs.sum())
             beyond += int((differs & ((exact - threshold).abs() > bound)).sum())
         path: Path = "sparse" if mlp.max_sparse_rows > 0 else "dense"
         return {
             "layer": mlp.layer_index,
-            "counters": path_counts(mlp)[path],
+            "counters": path_counts(mlp.counters.tolist())[path],
             "same_gates": same,
             "gates": gates,
             "moved": moved,

@@ -1,4 +1,4 @@
-"""The op ``prosparse::sparse_gated_ffn`` for torch: schema, shapes under torch.compile, and its implementation on the CPU."""
+"""The op ``prosparse::sparse_gated_ffn`` for torch: its schema, its shapes under torch.compile, and what runs without kernels."""
 
 import math
 
@@ -8,14 +8,13 @@ from torch.nn import functional as F
 from sparse_backend.ffn import native, reference
 from sparse_backend.ffn.counters import SHAPE
 
-_SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
 _ALIGNMENT = 16
 
 # Kept alive: dropping the library would take the ops away.
 _library = torch.library.Library("prosparse", "DEF")
 _library.define(
-    "sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, float threshold, Tensor(a!) counters, int max_sparse_rows)"
-    " -> Tensor",
+    "sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, float threshold, Tensor(a!) counters, int max_sparse_rows,"
+    " Tensor? is_padding=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
@@ -30,6 +29,7 @@ def sparse_gated_ffn(
     threshold: float,
     counters: torch.Tensor,
     max_sparse_rows: int,
+    is_padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gated feed-forward layer: y = (gate * active * up) @ down_t, gate and up = x @ gate_up^T.
 
@@ -39,20 +39,24 @@ def sparse_gated_ffn(
     same bits for the same input and number of threads. Weights must be finite: the sparse path does not look at those of
     neurons that no row activates.
 
+    On a GPU the dense path is also taken in float32 and above the row count the kernels take (``native.max_rows``).
+
     Args:
-        x: [rows, d_model], bfloat16 or float32; any number of rows, also none.
+        x: [rows, d_model], bfloat16 or float32, on a GPU also float16; any number of rows, also none.
         gate_up: [2 * d_ff, d_model], the dtype of x: gate rows, then up rows, one per neuron.
         down_t: [d_ff, d_model], the dtype of x: the transposed down projection.
         threshold: 0 or more; 0 is ReLU, more is FATReLU.
         counters: int64 [2, 4], see ``sparse_backend.ffn.counters``; this call is added to it.
-        max_sparse_rows: 0 always takes the dense path.
+        max_sparse_rows: 0 always takes the dense path. It is compared with all rows, those of padding included.
+        is_padding: bool [rows]; rows where it is True are neither computed nor counted, and their y is 0. None: no padding.
 
-    d_model and d_ff are multiples of 8; all tensors are contiguous and start at a multiple of 16 bytes.
+    d_model and d_ff are multiples of 8; all tensors are on one device and contiguous; x and the weights start at a multiple of
+    16 bytes.
 
     Raises:
-        RuntimeError: a tensor has another dtype, shape or layout; the message names it.
+        RuntimeError: a tensor has another dtype, shape, layout or device; the message names it.
     """
-    return torch.ops.prosparse.sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows)
+    return torch.ops.prosparse.sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding)
 
 
 def gate_values(x: torch.Tensor, gate_up: torch.Tensor, max_sparse_rows: int) -> torch.Tensor:
@@ -60,7 +64,8 @@ def gate_values(x: torch.Tensor, gate_up: torch.Tensor, max_sparse_rows: int) ->
 
     float32 on the sparse path; the dtype of x on the dense path, which rounds them.
     """
-    if native.load() and x.shape[0] <= max_sparse_rows:
+    limit = min(max_sparse_rows, native.max_rows(x.dtype, x.shape[1])) if x.is_cuda else max_sparse_rows
+    if native.load(x.device.type) and x.shape[0] <= limit:
         return torch.ops.prosparse.sparse_gate(x, gate_up)
     return F.linear(x, gate_up)[:, : gate_up.shape[0] // 2]
 
@@ -73,6 +78,7 @@ def _(
     threshold: float,
     counters: torch.Tensor,
     max_sparse_rows: int,
+    is_padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(x)
 
@@ -82,38 +88,53 @@ def _(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     return x.new_empty((x.shape[0], gate_up.shape[0] // 2), dtype=torch.float32)
 
 
-def _reference_gated_ffn(
+def _without_kernels(
     x: torch.Tensor,
     gate_up: torch.Tensor,
     down_t: torch.Tensor,
     threshold: float,
     counters: torch.Tensor,
     max_sparse_rows: int,
+    is_padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What runs without the native library: dense whatever ``max_sparse_rows`` says."""
-    check_arguments(x, gate_up, down_t, threshold, counters)
-    if x.device.type == "cpu":
-        native.warn_of_reference()
-    return reference.dense_gated_ffn(x, gate_up, down_t, threshold, counters)
+    """What runs where the device's kernels are not loaded: loads them if it can, else computes densely in any case."""
+    if native.load(x.device.type):
+        return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding)
+    check_arguments(x, gate_up, down_t, threshold, counters, is_padding)
+    native.warn_of_reference(x.device.type)
+    return reference.dense_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding)
 
 
 def check_arguments(
-    x: torch.Tensor, gate_up: torch.Tensor, down_t: torch.Tensor, threshold: float, counters: torch.Tensor
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down_t: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    is_padding: torch.Tensor | None = None,
 ) -> None:
-    """Refuse what bindings.cpp refuses, in the same words, so that the reference takes nothing the kernels would not."""
+    """Refuse what csrc/arguments.h refuses, in the same words, so that the reference takes nothing the kernels would not."""
 
     def check(condition: bool, message: str) -> None:
         if not condition:
             raise RuntimeError(message)
 
+    def check_device(tensor: torch.Tensor, name: str) -> None:
+        check(tensor.device == x.device, f"{name} must be on the device of x")
+
     def check_matrix(tensor: torch.Tensor, name: str) -> None:
         check(tensor.dim() == 2, f"{name} must be a matrix, but it has {tensor.dim()} dimensions")
         check(tensor.dtype == x.dtype, f"{name} must have the dtype of x")
+        check_device(tensor, name)
         check(tensor.is_contiguous(), f"{name} must be contiguous; pass a contiguous copy")
         aligned = tensor.data_ptr() % _ALIGNMENT == 0
         check(aligned, f"{name} must start at a multiple of {_ALIGNMENT} bytes; pass a copy instead of a view")
 
-    check(x.dtype in _SUPPORTED_DTYPES, "x must be bfloat16 or float32")
+    if x.is_cuda:
+        supported = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        check(supported, "x must be bfloat16, float16 or float32")
+    else:
+        check(x.dtype in (torch.bfloat16, torch.float32), "x must be bfloat16 or float32")
     check_matrix(x, "x")
     check_matrix(gate_up, "gate_up")
     (gate_up_rows, width), d_model, d_ff = gate_up.shape, x.shape[1], gate_up.shape[0] // 2
@@ -136,9 +157,15 @@ def check_arguments(
         counters.dtype == torch.int64 and counters.is_contiguous() and tuple(counters.shape) == SHAPE,
         "counters must be a contiguous int64 tensor of shape [2, 4]",
     )
+    check_device(counters, "counters")
+    if is_padding is not None:
+        rows = x.shape[0]
+        check(
+            is_padding.dtype == torch.bool and is_padding.is_contiguous() and tuple(is_padding.shape) == (rows,),
+            f"is_padding must be a contiguous bool tensor of shape [rows] = [{rows}]",
+        )
+        check_device(is_padding, "is_padding")
 
 
-if not native.load():
-    _library.impl("sparse_gated_ffn", _reference_gated_ffn, "CPU")
-# There are no CUDA kernels yet.
-_library.impl("sparse_gated_ffn", _reference_gated_ffn, "CUDA")
+# For every device. The kernels that a native library registers for its own device go before it.
+_library.impl("sparse_gated_ffn", _without_kernels, "CompositeExplicitAutograd")

@@ -1,10 +1,10 @@
-"""Up to how many rows the sparse path is faster than the dense one: measured on this machine, cached, and `prosparse paths`.
+"""Up to how many rows the sparse path is faster than the dense one: measured on this machine and cached.
 
 The limit depends on the density: the more neurons a row activates, the sooner the union of a few rows is everything. It is
-measured for a handful of densities on random layers and kept in ``<cache>/paths/``, one file per machine and kernel build.
+measured for a handful of densities on random layers and kept in ``<cache>/paths/``, one file per machine (a CPU or a GPU
+model) and kernel build.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -16,52 +16,50 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from sparse_backend.cache import cache_dir, locked
-from sparse_backend.errors import UserError
-from sparse_backend.ffn import counters, native, synthetic
+from sparse_backend.ffn import counters, native, synthetic, timing
 from sparse_backend.ffn.op import sparse_gated_ffn
 
 logger = logging.getLogger(__name__)
 
 ALWAYS_SPARSE, ALWAYS_DENSE = 2**31 - 1, 0
-"""Values of ``max_sparse_rows`` that force a path whatever the number of rows."""
+"""Values of ``max_sparse_rows`` that force a path whatever the number of rows, as far as there are kernels for it."""
 
 DEFAULT_DENSITY = 0.107
 """Assumed where a checkpoint does not tell its densities: what ProSparse reports for its 7B model."""
 
 DENSITIES = (0.05, 0.11, 0.2, 0.35, 0.5, 1.0)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-_BUDGET_S = 9.0
-_REPEATS = 5
 _MARGIN = 0.03  # ties go to the dense path, whose time grows more slowly up to the next measured row count
 _HOPELESS = 1.25  # a density is given up after two row counts in a row at which sparse takes so many times dense
+_MAX_BYTES = 2**30  # of random layers on a CPU, unless a single one is larger
 _MAX_LAYERS = 32
-_MAX_BYTES = 2**30  # of random layers, unless a single one is larger
+_CPU_BUDGET_S = 9.0
+_CPU_REPEATS = 5
+_CUDA_BUDGET_S = 9.0
+_CUDA_CELL_S = 0.05  # per density and row count
+_CUDA_REPLAYS = (5, 15)
+_CUDA_CALLS = 16  # in one graph, at least: the start of a graph must not count
 
 
-class Timing(BaseModel):
-    """Milliseconds of one call for some rows of some density, median."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call for some rows of some density, median."""
 
     rows: int
-    sparse_ms: float
-    dense_ms: float
+    sparse_us: float
+    dense_us: float
 
 
-class PathTable(BaseModel):
-    """What was measured for one dtype, shape and number of threads."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True)
+class PathTable:
+    """What was measured for one dtype, shape and, on a CPU, number of threads."""
 
     limits: dict[float, int]
     """Per measured density, up to how many rows the sparse path pays."""
@@ -81,14 +79,16 @@ def best_limit(timings: list[Timing], start: int = 0) -> int:
     Costs are compared as logarithms of time, so that a microsecond at one row weighs as much as its share of the call.
     """
     limit, best, gain = start, 0.0, 0.0
-    for timing in timings:
-        gain += math.log(timing.dense_ms / timing.sparse_ms) - _MARGIN
+    for timing_ in timings:
+        gain += math.log(timing_.dense_us / timing_.sparse_us) - _MARGIN
         if gain > best:
-            limit, best = timing.rows, gain
+            limit, best = timing_.rows, gain
     return limit
 
 
-def max_sparse_rows(dtype: torch.dtype, d_model: int, d_ff: int, density: float | None) -> int:
+def max_sparse_rows(
+    dtype: torch.dtype, d_model: int, d_ff: int, density: float | None, device_type: str = "cpu"
+) -> int:
     """Up to how many rows a layer should take the sparse path.
 
     Measures on first use, for up to about ten seconds; other processes wait for the result.
@@ -98,16 +98,32 @@ def max_sparse_rows(dtype: torch.dtype, d_model: int, d_ff: int, density: float 
         d_model: model width.
         d_ff: neurons of the layer (of this rank's share with tensor parallelism).
         density: mean share of active neurons per row; None assumes ``DEFAULT_DENSITY``.
+        device_type: "cpu", or "cuda" for the current GPU.
     """
-    if not native.load():
+    if largest_sparse_rows(dtype, d_model, device_type) == 0:
         return ALWAYS_DENSE
-    return path_table(dtype, d_model, d_ff).max_sparse_rows(DEFAULT_DENSITY if density is None else density)
+    table = path_table(dtype, d_model, d_ff, device_type)
+    return table.max_sparse_rows(DEFAULT_DENSITY if density is None else density)
 
 
-def path_table(dtype: torch.dtype, d_model: int, d_ff: int, *, remeasure: bool = False) -> PathTable:
-    """The table for this machine, kernel build, dtype, shape and number of threads: cached, else measured and cached."""
-    key = f"{str(dtype).removeprefix('torch.')} {d_model}x{d_ff} {native.kernel_info().isa} {torch.get_num_threads()} threads"
-    file = cache_dir() / "paths" / f"{native.library_key()}-{_machine_key()}.json"
+def largest_sparse_rows(dtype: torch.dtype, d_model: int, device_type: str) -> int:
+    """The most rows the sparse kernels take; 0 where there are none for this device or dtype."""
+    if not native.load(device_type):
+        return 0
+    return ALWAYS_SPARSE if device_type == "cpu" else native.max_rows(dtype, d_model)
+
+
+def path_table(
+    dtype: torch.dtype, d_model: int, d_ff: int, device_type: str = "cpu", *, remeasure: bool = False
+) -> PathTable:
+    """The table for this machine, kernel build, dtype, shape and number of threads: cached, else measured and cached.
+
+    Needs the native kernels for the device.
+    """
+    key = f"{str(dtype).removeprefix('torch.')} {d_model}x{d_ff} {native.kernel_info(device_type).isa}"
+    if device_type == "cpu":
+        key += f" {torch.get_num_threads()} threads"
+    file = cache_dir() / "paths" / f"{native.library_key(device_type)}-{_machine_key(device_type)}.json"
     if not remeasure and (table := _read(file).get(key)):
         return table
     try:
@@ -115,35 +131,27 @@ def path_table(dtype: torch.dtype, d_model: int, d_ff: int, *, remeasure: bool =
         with locked(file.parent / "lock"):
             tables = _read(file)
             if remeasure or key not in tables:
-                tables[key] = _measure(dtype, d_model, d_ff)
+                tables[key] = _measure(dtype, d_model, d_ff, device_type)
                 _write(file, tables)
             return tables[key]
     except OSError as error:
         logger.warning("The measured paths cannot be kept in %s: %s", file.parent, error)
-        return _measure(dtype, d_model, d_ff)
+        return _measure(dtype, d_model, d_ff, device_type)
 
 
-def _measure(dtype: torch.dtype, d_model: int, d_ff: int) -> PathTable:
+Meter = Callable[[torch.Tensor, float], Timing]
+"""Times both paths on rows [rows, d_model], stopping early after a ``time.perf_counter`` moment."""
+
+
+def _measure(dtype: torch.dtype, d_model: int, d_ff: int, device_type: str) -> PathTable:
     logger.info("Measuring up to how many rows the sparse path pays, for %s, %d x %d", dtype, d_model, d_ff)
-    deadline = time.perf_counter() + _BUDGET_S
-    generator = torch.Generator().manual_seed(0)
-    layer_bytes = 3 * d_model * d_ff * dtype.itemsize
-    wanted = -(-2 * synthetic.cache_bytes() // layer_bytes)
-    count = max(1, min(wanted, _MAX_LAYERS, _MAX_BYTES // layer_bytes))
-    layers = [synthetic.Layer.random(dtype, d_model, d_ff, generator) for _ in range(count)]
-    unused = counters.new_counters()
-    calls = 0
-
-    def timer(x: torch.Tensor, limit: int) -> Callable[[], float]:
-        def call() -> float:
-            nonlocal calls
-            layer = layers[calls % count]
-            calls += 1
-            start = time.perf_counter()
-            sparse_gated_ffn(x, layer.gate_up, layer.down_t, synthetic.THRESHOLD, unused, limit)
-            return (time.perf_counter() - start) * 1e3
-
-        return call
+    on_cuda = device_type == "cuda"
+    deadline = time.perf_counter() + (_CUDA_BUDGET_S if on_cuda else _CPU_BUDGET_S)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(0)
+    layers = _layers(dtype, d_model, d_ff, generator)
+    meter = (_cuda_meter if on_cuda else _cpu_meter)(layers)
+    most_rows = largest_sparse_rows(dtype, d_model, device_type)
 
     limits: dict[float, int] = {}
     timings: dict[float, list[Timing]] = {}
@@ -154,109 +162,124 @@ def _measure(dtype: torch.dtype, d_model: int, d_ff: int) -> PathTable:
             share = time.perf_counter() + (deadline - time.perf_counter()) / (len(DENSITIES) - index)
             for layer in layers:
                 layer.set_density(density)
-            timings[density] = list(_measure_density(timer, limit, dtype, d_model, generator, share))
+            inputs = (synthetic.inputs(rows, dtype, d_model, generator) for rows in ROWS if limit < rows <= most_rows)
+            timings[density] = list(_until_hopeless(meter(x, share) for x in inputs))
             limits[density] = limit = best_limit(timings[density], limit)
+    if on_cuda:
+        # The memory belongs to the model that is about to be loaded.
+        del layers, meter
+        torch.cuda.empty_cache()
     return PathTable(limits=limits, timings=timings)
 
 
-def _measure_density(
-    timer: Callable[[torch.Tensor, int], Callable[[], float]],
-    known: int,
-    dtype: torch.dtype,
-    d_model: int,
-    generator: torch.Generator,
-    deadline: float,
-) -> Iterator[Timing]:
-    """Timings of the row counts above ``known``, up to where the sparse path has clearly lost."""
-    hopeless = 0
-    for rows in (rows for rows in ROWS if rows > known):
-        x = synthetic.inputs(rows, dtype, d_model, generator)
-        sparse, dense = timer(x, ALWAYS_SPARSE), timer(x, ALWAYS_DENSE)
-        sparse(), dense()
+def _layers(dtype: torch.dtype, d_model: int, d_ff: int, generator: torch.Generator) -> list[synthetic.Layer]:
+    """Enough random layers that no cache still holds one's weights when it is its turn again."""
+    layer_bytes = 3 * d_model * d_ff * dtype.itemsize
+    cache = synthetic.cache_bytes(generator.device)
+    if generator.device.type == "cuda":
+        # Of a layer the sparse path may read little more than the gate, a third.
+        wanted = -(-8 * cache // (layer_bytes // 3))
+        most_bytes = torch.cuda.mem_get_info(generator.device)[0] // 2
+    else:
+        wanted, most_bytes = -(-2 * cache // layer_bytes), _MAX_BYTES
+    count = max(1, min(wanted, _MAX_LAYERS, most_bytes // layer_bytes))
+    return [synthetic.Layer.random(dtype, d_model, d_ff, generator) for _ in range(count)]
+
+
+def _call(layer: synthetic.Layer, x: torch.Tensor, limit: int, counted: torch.Tensor) -> torch.Tensor:
+    return sparse_gated_ffn(x, layer.gate_up, layer.down_t, synthetic.THRESHOLD, counted, limit)
+
+
+def _cpu_meter(layers: list[synthetic.Layer]) -> Meter:
+    unused = counters.new_counters()
+    calls = 0
+
+    def timed(x: torch.Tensor, limit: int) -> float:
+        nonlocal calls
+        layer = layers[calls % len(layers)]
+        calls += 1
+        start = time.perf_counter()
+        _call(layer, x, limit, unused)
+        return (time.perf_counter() - start) * 1e6
+
+    def meter(x: torch.Tensor, deadline: float) -> Timing:
+        timed(x, ALWAYS_SPARSE), timed(x, ALWAYS_DENSE)
         samples: list[tuple[float, float]] = []
-        while not samples or (len(samples) < _REPEATS and time.perf_counter() < deadline):
-            samples.append((sparse(), dense()))
-        timing = Timing(
-            rows=rows,
-            sparse_ms=round(statistics.median(sample[0] for sample in samples), 4),
-            dense_ms=round(statistics.median(sample[1] for sample in samples), 4),
+        while not samples or (len(samples) < _CPU_REPEATS and time.perf_counter() < deadline):
+            samples.append((timed(x, ALWAYS_SPARSE), timed(x, ALWAYS_DENSE)))
+        sparse, dense = (statistics.median(column) for column in zip(*samples, strict=True))
+        return Timing(x.shape[0], round(sparse, 1), round(dense, 1))
+
+    return meter
+
+
+def _cuda_meter(layers: list[synthetic.Layer]) -> Meter:
+    unused = counters.new_counters(layers[0].gate_up.device)
+    in_turn = layers * -(-_CUDA_CALLS // len(layers))
+
+    def meter(x: torch.Tensor, deadline: float) -> Timing:
+        def graph(limit: int) -> torch.cuda.CUDAGraph:
+            return timing.record([functools.partial(_call, layer, x, limit, unused) for layer in in_turn]).graph
+
+        medians = timing.medians_us(
+            {"sparse": graph(ALWAYS_SPARSE), "dense": graph(ALWAYS_DENSE)},
+            seconds=min(_CUDA_CELL_S, deadline - time.perf_counter()),
+            replays=_CUDA_REPLAYS,
         )
-        yield timing
-        hopeless = hopeless + 1 if timing.sparse_ms > _HOPELESS * timing.dense_ms else 0
+        sparse, dense = (round(medians[name] / len(in_turn), 2) for name in ("sparse", "dense"))
+        return Timing(x.shape[0], sparse, dense)
+
+    return meter
+
+
+def _until_hopeless(timings: Iterator[Timing]) -> Iterator[Timing]:
+    """What is measured up to where the sparse path has clearly lost."""
+    hopeless = 0
+    for timing_ in timings:
+        yield timing_
+        hopeless = hopeless + 1 if timing_.sparse_us > _HOPELESS * timing_.dense_us else 0
         if hopeless == 2:
             return
 
 
-def check_shape(d_model: int, d_ff: int) -> None:
-    """Refuse a shape the op does not take.
-
-    Raises:
-        UserError: one of them is no positive multiple of 8.
-    """
-    for flag, size in (("--d-model", d_model), ("--d-ff", d_ff)):
-        if size <= 0 or size % 8:
-            raise UserError(f"{flag} is {size}, but the kernels take positive multiples of 8.")
-
-
 @functools.cache
-def _machine_key() -> str:
-    model = platform.processor()
+def processor_name(device_type: str) -> str:
+    """What the CPU's or the current GPU's maker calls it."""
+    if device_type == "cuda":
+        return str(torch.cuda.get_device_name())
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        model = next((value.strip() for name, _, value in lines if name.strip() == "model name"), model)
-    described = f"{platform.machine()} {model} {os.cpu_count()} {torch.__version__}"
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in fields if name.strip() == "model name"), platform.processor())
+
+
+def _machine_key(device_type: str) -> str:
+    described = f"{platform.machine()} {processor_name(device_type)} {torch.__version__}"
+    if device_type == "cpu":
+        described += f" {os.cpu_count()}"
     return hashlib.sha256(described.encode()).hexdigest()[:12]
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    tables: dict[str, PathTable]
 
 
 def _read(file: Path) -> dict[str, PathTable]:
     """What the file holds; nothing if it is missing or damaged: it can be measured again."""
     try:
-        return _File.model_validate_json(file.read_bytes()).tables
-    except (OSError, ValidationError):
+        tables = json.loads(file.read_bytes())["tables"]
+        return {
+            key: PathTable(
+                limits={float(density): int(limit) for density, limit in table["limits"].items()},
+                timings={
+                    float(density): [Timing(**timing_) for timing_ in timings]
+                    for density, timings in table["timings"].items()
+                },
+            )
+            for key, table in tables.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
 def _write(file: Path, tables: dict[str, PathTable]) -> None:
+    content = {"tables": {key: asdict(table) for key, table in tables.items()}}
     with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
-        temporary.write(_File(tables=tables).model_dump_json(indent=1))
+        json.dump(content, temporary, indent=1)
     Path(temporary.name).replace(file)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `prosparse paths`."""
-    parser.add_argument("--d-model", type=int, required=True, help="model width, a multiple of 8")
-    parser.add_argument("--d-ff", type=int, required=True, help="neurons per layer, a multiple of 8")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights (default bfloat16)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--remeasure", action="store_true", help="measure again even where a result is cached")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Print the limits, measuring them first where needed."""
-    native.require()
-    check_shape(arguments.d_model, arguments.d_ff)
-    table = path_table(DTYPES[arguments.dtype], arguments.d_model, arguments.d_ff, remeasure=arguments.remeasure)
-    if arguments.json:
-        rows = [
-            {"density": density, "max_sparse_rows": limit, "timings": [t.model_dump() for t in table.timings[density]]}
-            for density, limit in sorted(table.limits.items())
-        ]
-        print(json.dumps(rows, indent=1))
-        return 0
-    info = native.kernel_info()
-    shown = Table(
-        title=f"{arguments.dtype}, {arguments.d_model} x {arguments.d_ff}, {info.isa}, {torch.get_num_threads()} threads"
-    )
-    for column in ("density", "sparse up to rows"):
-        shown.add_column(column, justify="right")
-    for density, limit in sorted(table.limits.items()):
-        shown.add_row(f"{density:g}", str(limit))
-    Console().print(shown)
-    return 0

@@ -17,18 +17,33 @@ def active_neurons(gate: torch.Tensor, threshold: float) -> torch.Tensor:
     return ~(gate.float() <= threshold)
 
 
-def count(counters: torch.Tensor, path: int, active: torch.Tensor) -> None:
-    """Add one call with the active neurons ``active`` [rows, d_ff] to ``counters`` [2, 4]."""
+def count(counters: torch.Tensor, path: int, active: torch.Tensor, is_padding: torch.Tensor | None = None) -> None:
+    """Add one call with the active neurons ``active`` [rows, d_ff] to ``counters`` [2, 4]; rows of padding are left out."""
     if active.shape[0] == 0:
         return
-    counters[path, ROWS] += active.shape[0]
+    rows, steps = active.shape[0], 1
+    if is_padding is not None:
+        real = ~is_padding
+        active = active & real[:, None]
+        rows, steps = real.sum(), real.any()
+    counters[path, ROWS] += rows
     counters[path, ACTIVE] += active.sum()
     counters[path, UNION] += active.any(dim=0).sum()
-    counters[path, STEPS] += 1
+    counters[path, STEPS] += steps
+
+
+def without_padding(x: torch.Tensor, is_padding: torch.Tensor | None) -> torch.Tensor:
+    """x with zero rows for those of padding: they activate no neuron, so that their y is 0."""
+    return x if is_padding is None else x.masked_fill(is_padding[:, None], 0)
 
 
 def sparse_gated_ffn(
-    x: torch.Tensor, gate_up: torch.Tensor, down_t: torch.Tensor, threshold: float, counters: torch.Tensor
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down_t: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    is_padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = (gate * active * up) @ down_t in float32 throughout, rounded once to the dtype of x: the definition.
 
@@ -38,20 +53,27 @@ def sparse_gated_ffn(
         down_t: [d_ff, d_model].
         threshold: a neuron is active above it.
         counters: int64 [2, 4], counted as the sparse path.
+        is_padding: bool [rows], the rows that are not counted and whose y is 0; None for none.
     """
     d_ff = down_t.shape[0]
+    x = without_padding(x, is_padding)
     gate, up = (x.float() @ gate_up.float().t()).split(d_ff, dim=1)
     active = active_neurons(gate, threshold)
-    count(counters, SPARSE, active)
+    count(counters, SPARSE, active, is_padding)
     return (torch.where(active, gate, 0) * up @ down_t.float()).to(x.dtype)
 
 
 def dense_gated_ffn(
-    x: torch.Tensor, gate_up: torch.Tensor, down_t: torch.Tensor, threshold: float, counters: torch.Tensor
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down_t: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    is_padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in the dtype of x, operation by operation as vLLM's dense FATReLU MLP does it; counted as the dense path."""
     d_ff = down_t.shape[0]
-    gate, up = F.linear(x, gate_up).split(d_ff, dim=1)
+    gate, up = F.linear(without_padding(x, is_padding), gate_up).split(d_ff, dim=1)
     active = active_neurons(gate, threshold)
-    count(counters, DENSE, active)
+    count(counters, DENSE, active, is_padding)
     return torch.where(active, gate, 0) * up @ down_t

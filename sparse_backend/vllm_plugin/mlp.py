@@ -4,9 +4,11 @@ import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.platforms import current_platform
 
 from sparse_backend.activation import Activation
 from sparse_backend.ffn import counters, sparse_gated_ffn
+from sparse_backend.vllm_plugin.padding import sparse_gated_ffn_of_real_rows
 
 
 class SparseGatedMLP(nn.Module):
@@ -41,6 +43,8 @@ class SparseGatedMLP(nn.Module):
         self.down_proj._cpu_skip_gemm_dispatch = True
         self.d_ff = self.down_proj.input_size_per_partition
         self.tp_size = self.down_proj.tp_size
+        # On a CPU no step is padded, and an op less is called.
+        self.gated_ffn = sparse_gated_ffn if current_platform.is_cpu() else sparse_gated_ffn_of_real_rows
         self.register_buffer("counters", counters.new_counters(self.gate_up_proj.weight.device), persistent=False)
 
     def make_neuron_major(self) -> None:
@@ -50,7 +54,7 @@ class SparseGatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map hidden states [rows, d_model] to [rows, d_model], same dtype."""
-        y = sparse_gated_ffn(
+        y = self.gated_ffn(
             x, self.gate_up_proj.weight, self.down_proj.weight, self.threshold, self.counters, self.max_sparse_rows
         )
         return tensor_model_parallel_all_reduce(y) if self.tp_size > 1 else y

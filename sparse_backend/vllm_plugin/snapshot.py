@@ -32,14 +32,14 @@ class LayerSnapshot(TypedDict):
 
 
 class KernelRecord(TypedDict):
-    """Which implementation computes the sparse path."""
+    """Which implementation computes the feed-forward layers."""
 
     name: str
-    """"cpu" or "reference"."""
+    """"cpu", "cuda" or "reference"."""
     isa: str
-    """Instruction set in use, for example "avx512_bf16"; "" for the reference."""
+    """Instruction set in use, for example "avx512_bf16" or "sm_90"; "" for the reference."""
     reason: str
-    """Why the reference is in use; "" otherwise."""
+    """Why every layer takes the dense path: the reference is in use, or the kernels do not know the dtype; "" otherwise."""
 
 
 class SparsitySnapshot(TypedDict):

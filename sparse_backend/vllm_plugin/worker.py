@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparse_backend.ffn import native
 from sparse_backend.ffn.counters import ACTIVE, ROWS, STEPS, UNION
+from sparse_backend.vllm_plugin.counter_copy import CounterCopy
+from sparse_backend.vllm_plugin.ffn_path import kernel_record
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
 from sparse_backend.vllm_plugin.snapshot import PATHS, LayerSnapshot, Path, PathCounts, SparsitySnapshot
 
@@ -17,26 +18,46 @@ class SparsityWorkerExtension:
         device: torch.device
         model_runner: Any
 
+    _sparsity_copy: CounterCopy
+
     def _sparse_mlps(self) -> list[SparseGatedMLP]:
         return [module for module in self.model_runner.get_model().modules() if isinstance(module, SparseGatedMLP)]
 
     def sparsity_snapshot(self) -> SparsitySnapshot:
-        """Copy the counters of every feed-forward layer this worker holds."""
-        kernel = native.kernel_info(self.device.type)
-        return {
-            "kernel": {"name": kernel.name, "isa": kernel.isa, "reason": kernel.reason},
-            "layers": [_layer_snapshot(mlp) for mlp in self._sparse_mlps()],
-        }
+        """The counters of every feed-forward layer this worker holds, now: on a GPU, waits for the steps launched so far."""
+        return self._snapshot(self._copy_counters())
+
+    def sparsity_snapshot_begin(self) -> SparsitySnapshot | None:
+        """The same for a worker that must not be kept waiting: begins a snapshot, and answers as ``sparsity_snapshot_poll``."""
+        self._sparsity_copy = self._copy_counters()
+        return self.sparsity_snapshot_poll()
+
+    def sparsity_snapshot_poll(self) -> SparsitySnapshot | None:
+        """The snapshot begun last, or None while a GPU is busy with the steps launched before it; never waits.
+
+        All workers that begin at the same time give the counters of the same step, whenever they are asked for them.
+        """
+        return self._snapshot(self._sparsity_copy) if self._sparsity_copy.done() else None
 
     def sparsity_reset(self) -> None:
         """Set all counters to zero. Called once the engine is ready, so that warm-up rows are not counted."""
         for mlp in self._sparse_mlps():
             mlp.counters.zero_()
 
+    def _copy_counters(self) -> CounterCopy:
+        return CounterCopy([mlp.counters for mlp in self._sparse_mlps()])
 
-def path_counts(mlp: SparseGatedMLP) -> dict[Path, PathCounts]:
-    """The counters of one layer, by name."""
-    counts = mlp.counters.tolist()
+    def _snapshot(self, copy: CounterCopy) -> SparsitySnapshot:
+        model = self.model_runner.model_config
+        layers = zip(self._sparse_mlps(), copy.wait(), strict=True)
+        return {
+            "kernel": kernel_record(self.device.type, model.dtype, model.hf_config.hidden_size),
+            "layers": [_layer_snapshot(mlp, counts) for mlp, counts in layers],
+        }
+
+
+def path_counts(counts: list[list[int]]) -> dict[Path, PathCounts]:
+    """The counters [path][kind] of one layer, by name."""
     return {
         path: {
             "rows": counts[index][ROWS],
@@ -48,10 +69,10 @@ def path_counts(mlp: SparseGatedMLP) -> dict[Path, PathCounts]:
     }
 
 
-def _layer_snapshot(mlp: SparseGatedMLP) -> LayerSnapshot:
+def _layer_snapshot(mlp: SparseGatedMLP, counts: list[list[int]]) -> LayerSnapshot:
     return {
         "layer": str(mlp.layer_index),
         "d_ff": mlp.d_ff,
         "max_sparse_rows": mlp.max_sparse_rows,
-        "paths": path_counts(mlp),
+        "paths": path_counts(counts),
     }

@@ -2,17 +2,17 @@ import argparse
 
 import pytest
 
-from sparse_backend.bench.arguments import positive_int, row_counts
+from sparse_backend.bench.arguments import positive_int, positive_ints
 
 
 def test_reads_a_list() -> None:
-    assert row_counts("1,2,16") == [1, 2, 16]
+    assert positive_ints("1,2,16") == [1, 2, 16]
 
 
 @pytest.mark.parametrize("text", ["", "1,,2", "a", "0,1", "1.5", "-3"])
 def test_refuses_what_is_no_list_of_positive_numbers(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"whole numbers|below 1"):
-        row_counts(text)
+        positive_ints(text)
 
 
 def test_reads_a_positive_number() -> None:

@@ -31,6 +31,10 @@ def test_a_corpus_of_short_documents_is_refused(tmp_path: Path, folder: Path) ->
         ("decode", ["--dtype", "float16"], "--dtype"),
         # 256 tokens of context: 32 of prompt, one to end the prefill, 223.
         ("decode", ["--tokens", "224"], "context of 256"),
+        ("decode", ["--prefill", "256"], "context of 256"),
+        ("decode", ["--fp8"], "--fp8 needs a GPU"),
+        ("decode", ["--density", "0.2"], "are for --synthetic"),
+        ("decode", ["--synthetic", "tiny"], "not allowed with"),
         ("parity", ["--prompts", "0"], "--prompts"),
         ("parity", ["--tokens", "225"], "context of 256"),
     ],
@@ -42,9 +46,33 @@ def test_impossible_runs_are_refused_before_an_engine_starts(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--model --synthetic is required"),
+        (["--synthetic", "70b"], "invalid choice"),
+        (["--synthetic", "tiny", "--density", "0.1,0.2"], "for one model"),
+        (["--synthetic", "tiny", "--density", "0.1", "--frequencies", "file.npz"], "for one model"),
+        (["--synthetic", "tiny", "--frequencies", "missing.npz"], "missing.npz cannot be read"),
+        (["--synthetic", "tiny", "--tokens", "4096"], "context of 4096"),
+    ],
+)
+def test_impossible_models_are_refused_before_an_engine_starts(
+    flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "decode", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_parity_is_no_comparison_where_one_path_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UserError, match="the dense path with itself"):
+        parity.run(None)
+
+
 @pytest.mark.parametrize("command", [decode, parity])
 def test_the_reference_is_not_measured(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def require() -> None:
+    def require(_device_type: str) -> None:
         raise UserError("no kernels")
 
     monkeypatch.setattr(native, "require", require)

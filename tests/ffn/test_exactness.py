@@ -8,19 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_backend.ffn import native
-from tests.ffn.layers import ALL_DENSE, ALL_SPARSE, DTYPES, Case
+from tests.ffn.layers import ALL_DENSE, ALL_SPARSE, DTYPES, Case, assert_within_twice
 
 SHAPES = [(8, 8), (24, 40), (40, 264), (256, 704), (520, 1000)]
 OUTPUTS = 2048  # the largest error is taken over at least so many outputs: of a few, it is luck
-
-
-def assert_within_twice(cases: list[Case], max_sparse_rows: int) -> None:
-    ours = max(case.error(case.run(max_sparse_rows)[0], case.gates(max_sparse_rows)) for case in cases)
-    plain = max(case.error(*case.dense()) for case in cases)
-    if cases[0].x.dtype == torch.float32:
-        # Here plain PyTorch is at times exact to the last bit: a few roundings of sums of this size are granted.
-        plain += 4 * torch.finfo(torch.float32).eps * max(case.magnitude() for case in cases)
-    assert ours <= 2 * plain
 
 
 def cases(rows: int, d_model: int, d_ff: int, dtype: torch.dtype, density: float, threshold: float) -> list[Case]:

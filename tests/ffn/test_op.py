@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,37 @@ def test_union_spans_all_rows_of_a_call(isa: str) -> None:
     counted = counters.new_counters()
     op.sparse_gated_ffn(torch.eye(d_model), gate_up, torch.ones(d_ff, d_model), 0.0, counted, ALL_SPARSE)
     assert counted[SPARSE].tolist() == [64, 64, 64, 1]
+
+
+# ---- padding -----------------------------------------------------------------------------------------------------------------
+
+
+@both_dtypes
+@both_paths
+@pytest.mark.parametrize("padded", [[], [0], [2, 3, 6], [0, 1, 2, 3, 4, 5, 6]], ids=["none", "one", "three", "all"])
+def test_rows_of_padding_are_neither_computed_nor_counted(
+    isa: str, dtype: torch.dtype, path: int, padded: list[int]
+) -> None:
+    case = Case.random(7, 72, 136, dtype, density=0.5)
+    is_padding = torch.zeros(7, dtype=torch.bool)
+    is_padding[padded] = True
+    real = Case(case.x[~is_padding], case.gate_up, case.down_t, case.threshold)
+    expected, expected_counts = real.run(path)
+    case.x[is_padding] = float("nan")
+    counted = counters.new_counters()
+    y = op.sparse_gated_ffn(case.x, case.gate_up, case.down_t, case.threshold, counted, path, is_padding)
+    assert torch.equal(y[~is_padding], expected)
+    assert torch.equal(y[is_padding], torch.zeros(len(padded), 72, dtype=dtype))
+    assert torch.equal(counted, expected_counts)
+
+
+def test_row_limit_counts_rows_of_padding() -> None:
+    case = Case.random(4, 64, 128, torch.float32)
+    counted = counters.new_counters()
+    is_padding = torch.tensor([False, True, True, True])
+    op.sparse_gated_ffn(case.x, case.gate_up, case.down_t, case.threshold, counted, 3, is_padding)
+    assert counted[DENSE, [ROWS, STEPS]].tolist() == [1, 1]
+    assert counted[SPARSE].count_nonzero() == 0
 
 
 # ---- edges -------------------------------------------------------------------------------------------------------------------
@@ -198,6 +231,8 @@ def test_opcheck(dtype: torch.dtype, path: int) -> None:
     case = Case.random(3, 64, 128, dtype)
     arguments = (case.x, case.gate_up, case.down_t, 0.01, counters.new_counters(), path)
     torch.library.opcheck(torch.ops.prosparse.sparse_gated_ffn.default, arguments)
+    with_padding = (*arguments, torch.tensor([False, True, False]))
+    torch.library.opcheck(torch.ops.prosparse.sparse_gated_ffn.default, with_padding)
     torch.library.opcheck(torch.ops.prosparse.sparse_gate.default, (case.x, case.gate_up))
 
 
@@ -236,6 +271,7 @@ def misaligned(rows: int, columns: int) -> torch.Tensor:
 
 BAD = {
     "x of another dtype": ("x", torch.zeros(4, 64, dtype=torch.float64), "x must be bfloat16 or float32"),
+    "float16, which takes a GPU": ("x", torch.zeros(4, 64, dtype=torch.float16), "x must be bfloat16 or float32"),
     "x not a matrix": ("x", torch.zeros(64), "x must be a matrix, but it has 1 dimensions"),
     "x not contiguous": ("x", torch.zeros(64, 4).t(), "x must be contiguous"),
     "x misaligned": ("x", misaligned(4, 64), "x must start at a multiple of 16 bytes"),
@@ -271,6 +307,17 @@ BAD = {
         torch.zeros(8, dtype=torch.int64),
         "counters must be a contiguous int64 tensor",
     ),
+    "is_padding of another dtype": (
+        "is_padding",
+        torch.zeros(4, dtype=torch.uint8),
+        r"is_padding must be a contiguous bool tensor of shape \[rows\] = \[4\]",
+    ),
+    "is_padding of another length": (
+        "is_padding",
+        torch.zeros(5, dtype=torch.bool),
+        r"is_padding must be a contiguous bool tensor of shape \[rows\] = \[4\]",
+    ),
+    "is_padding not contiguous": ("is_padding", torch.zeros(8, dtype=torch.bool)[::2], "is_padding must be"),
 }
 
 
@@ -291,8 +338,35 @@ def test_d_model_must_be_a_multiple_of_8() -> None:
         op.check_arguments(**given)
 
 
+@pytest.mark.parametrize("name", ["gate_up", "down_t", "counters", "is_padding"])
+def test_tensors_of_two_devices_are_refused(name: str) -> None:
+    given = {**arguments(), "is_padding": torch.zeros(4, dtype=torch.bool)}
+    given[name] = given[name].to("meta")
+    with pytest.raises(RuntimeError, match=f"{name} must be on the device of x"):
+        op.check_arguments(**given)
+
+
+FIRST_CALL = """
+import torch
+from sparse_backend.ffn import counters, op
+def loaded():
+    return torch._C._dispatch_has_kernel_for_dispatch_key("prosparse::sparse_gated_ffn", "CPU")
+print(loaded())
+counted = counters.new_counters()
+call = torch.compile(lambda x: op.sparse_gated_ffn(x, torch.ones(16, 8), torch.ones(8, 8), 0.0, counted, 2), fullgraph=True)
+call(torch.ones(2, 8))
+print(loaded(), counted.tolist() == [[2, 16, 8, 1], [0, 0, 0, 0]])
+"""
+
+
+def test_the_first_call_loads_the_kernels_also_from_a_compiled_graph() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]
+
+
 def test_good_input_is_taken_by_the_reference_too() -> None:
     op.check_arguments(**arguments())
+    op.check_arguments(**arguments(), is_padding=torch.zeros(4, dtype=torch.bool))
 
 
 # ---- without the native library ----------------------------------------------------------------------------------------------
@@ -307,6 +381,9 @@ y = [sparse_gated_ffn(x, torch.ones(16, 8), torch.ones(8, 8), 0.0, counted, 2**3
 print(native.kernel_info().name, native.kernel_info().isa == "", counted.tolist(), y[0][0, 0].item())
 print(native.kernel_info().reason)
 print(paths.max_sparse_rows(torch.float32, 8, 8, None))
+arguments = (x, torch.ones(16, 8), torch.ones(8, 8), 0.0, counters.new_counters(), 1)
+checks = torch.library.opcheck(torch.ops.prosparse.sparse_gated_ffn.default, (*arguments, torch.tensor([False, True])))
+print(*set(checks.values()))
 try:
     sparse_gated_ffn(x.double(), torch.ones(16, 8), torch.ones(8, 8), 0.0, counted, 1)
 except RuntimeError as error:
@@ -316,10 +393,11 @@ except RuntimeError as error:
 
 def test_without_a_compiler_plain_torch_computes(tmp_path: Path) -> None:
     done = run_without_compiler(WITHOUT_COMPILER, tmp_path)
-    kernel, reason, limit, refusal = done.stdout.splitlines()
+    kernel, reason, limit, opcheck, refusal = done.stdout.splitlines()
     assert kernel == "reference True [[0, 0, 0, 0], [4, 32, 16, 2]] 512.0"
     assert "install g++" in reason
     assert limit == "0"
+    assert opcheck == "SUCCESS"
     assert refusal == "x must be bfloat16 or float32"
     # Once per process, and only because a layer was computed.
     warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -44,3 +46,18 @@ def test_count_ignores_empty_calls() -> None:
     counted = counters.new_counters()
     reference.count(counted, SPARSE, torch.zeros(0, 8, dtype=torch.bool))
     assert counted.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("padded", [[1], [0, 3, 4], [0, 1, 2, 3, 4]], ids=["one", "three", "all"])
+@pytest.mark.parametrize("ffn", [reference.sparse_gated_ffn, reference.dense_gated_ffn])
+def test_rows_of_padding_are_left_out(ffn: Callable[..., torch.Tensor], padded: list[int]) -> None:
+    case = Case.random(5, 64, 128, torch.float32, density=0.5)
+    is_padding = torch.zeros(5, dtype=torch.bool)
+    is_padding[padded] = True
+    expected, counted = counters.new_counters(), counters.new_counters()
+    real = ffn(case.x[~is_padding], case.gate_up, case.down_t, 0.0, expected)
+    case.x[is_padding] = float("nan")
+    y = ffn(case.x, case.gate_up, case.down_t, 0.0, counted, is_padding)
+    torch.testing.assert_close(y[~is_padding], real)
+    assert torch.equal(y[is_padding], torch.zeros(len(padded), 64))
+    assert torch.equal(counted, expected)

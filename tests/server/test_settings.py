@@ -121,7 +121,7 @@ def test_every_environment_key_the_sources_read_is_known():
         (["m", "--ffn-path", "fast"], "--ffn-path 'fast'"),
         (["m", "--drain-timeout", "-1"], "--drain-timeout '-1'"),
         (["m", "--drain-timeout", "nan"], "--drain-timeout 'nan'"),
-        (["m", "--dtype", "float16"], "--dtype 'float16'"),
+        (["m", "--dtype", "float8"], "--dtype 'float8'"),
         (["m", "--served-model-name", ""], "--served-model-name ''"),
         (["m", "--api-key", " "], "--api-key: a key is empty"),
     ],
@@ -217,6 +217,6 @@ def test_help_shows_the_choices():
     add_flags(parser)
     help_text = parser.format_help()
     assert "--ffn-path {auto,sparse,dense}" in help_text
-    assert "--dtype {auto,bfloat16,float32}" in help_text
+    assert "--dtype {auto,bfloat16,float16,float32}" in help_text
     assert "--log-level {debug,info,warning,error}" in help_text
     assert "--port PORT" in help_text

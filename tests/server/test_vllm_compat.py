@@ -48,6 +48,41 @@ def test_dtype_auto_is_left_to_the_checkpoint(compat, tmp_path):
     assert parse(compat, folder).dtype == Checkpoint.open(folder).engine_dtype("auto") == "float32"
 
 
+def test_float16_is_for_gpus(compat, tmp_path, monkeypatch):
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    edit_config(folder, dtype="float16")
+    assert parse(compat, folder).dtype == "bfloat16"
+    with pytest.raises(UserError, match="--dtype float16 needs a GPU"):
+        parse(compat, folder, dtype="float16")
+    monkeypatch.setattr(compat.current_platform, "is_cpu", lambda: False)
+    assert parse(compat, folder).dtype == "float16"
+    assert parse(compat, folder, dtype="float16").dtype == "float16"
+    assert parse(compat, folder).kv_cache_memory_bytes is None
+
+
+class Workers:
+    """Stands in for vLLM's engine: two workers, each done with its copy after so many questions."""
+
+    def __init__(self, *patience: int) -> None:
+        self.patience = list(patience)
+        self.asked: list[str] = []
+
+    async def collective_rpc(self, method):
+        self.asked.append(method)
+        answers = [f"snapshot of {rank}" if left <= 0 else None for rank, left in enumerate(self.patience)]
+        self.patience = [left - 1 for left in self.patience]
+        return answers
+
+
+@pytest.mark.parametrize(("patience", "polls"), [((0, 0), 0), ((1, 0), 1), ((0, 3), 3)])
+async def test_the_workers_are_asked_until_all_have_their_counters(compat, monkeypatch, patience, polls):
+    monkeypatch.setattr(compat, "_SNAPSHOT_INTERVAL", 0)
+    engine = compat.Engine.__new__(compat.Engine)
+    engine._llm = workers = Workers(*patience)
+    assert await engine.snapshots() == ["snapshot of 0", "snapshot of 1"]
+    assert workers.asked == ["sparsity_snapshot_begin"] + ["sparsity_snapshot_poll"] * polls
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -56,6 +91,8 @@ def test_dtype_auto_is_left_to_the_checkpoint(compat, tmp_path):
         (("stray",), "has no flag stray"),
         (("--max-model-len", "257"), "--max-model-len 257 is longer than the 256 tokens"),
         (("--max-model-len", "1k"), "--max-model-len 1000 is longer"),
+        (("--tensor-parallel-size", "3"), r"--tensor-parallel-size 3 would give each rank 85\.3333 of the 256 neurons"),
+        (("-tp", "64"), r"--tensor-parallel-size 64 would give each rank 4 .* Give a number that divides 32"),
         # Front-end flags of vLLM's that our server replaces are not even known.
         (("--ssl-keyfile", "k"), "has no flag --ssl-keyfile"),
         (("--middleware", "m.M"), "has no flag --middleware"),

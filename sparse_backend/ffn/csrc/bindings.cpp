@@ -1,18 +1,23 @@
-// Binds the kernels to torch through its stable ABI: one build loads under torch 2.11 and every later release. The schemas are
-// defined in op.py.
+// Binds the CPU kernels to torch through its stable ABI: one build loads under torch 2.11 and every later release. The schemas
+// are defined in op.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
-#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 
 namespace {
 
+using prosparse::linear;
+using prosparse::matrix;
+using prosparse::Sizes;
 using prosparse::cpu::Counts;
 using prosparse::cpu::Dtype;
 using prosparse::cpu::kernels;
@@ -21,33 +26,10 @@ using prosparse::cpu::ThreadPool;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kAlignment = 16;
-
-void check_matrix(const Tensor& tensor, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.dim() == 2, name, " must be a matrix, but it has ", tensor.dim(), " dimensions");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must have the dtype of x");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous; pass a contiguous copy");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0, name,
-                  " must start at a multiple of ", kAlignment, " bytes; pass a copy instead of a view");
-}
-
 Dtype dtype_of(const Tensor& x) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "x must be bfloat16 or float32");
   return dtype == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kFloat32;
-}
-
-Shape check_gate(const Tensor& x, const Tensor& gate_up) {
-  dtype_of(x);
-  check_matrix(x, "x", x.scalar_type());
-  check_matrix(gate_up, "gate_up", x.scalar_type());
-  const Shape shape{x.size(0), x.size(1), gate_up.size(0) / 2};
-  STD_TORCH_CHECK(gate_up.size(0) % 2 == 0 && gate_up.size(1) == shape.d_model,
-                  "gate_up must be [2 * d_ff, d_model] = [2 * d_ff, ", shape.d_model, "], but it is [", gate_up.size(0), ", ", gate_up.size(1), "]");
-  STD_TORCH_CHECK(shape.d_model > 0 && shape.d_model % 8 == 0, "d_model must be a positive multiple of 8, but it is ",
-                  shape.d_model);
-  STD_TORCH_CHECK(shape.d_ff > 0 && shape.d_ff % 8 == 0, "d_ff must be a positive multiple of 8, but it is ", shape.d_ff);
-  return shape;
 }
 
 // at::parallel_for gives its range away in pieces, or whole where threads are not to be had: every index is run either way.
@@ -60,44 +42,23 @@ ThreadPool torch_threads() {
           }};
 }
 
-Tensor matrix(int64_t rows, int64_t columns, ScalarType dtype) {
-  const std::array<int64_t, 2> size{rows, columns};
-  return torch::stable::empty({size.data(), size.size()}, dtype);
-}
-
-// aten::linear(x, weight, None): x @ weight^T.
-Tensor linear(const Tensor& x, const Tensor& weight) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(std::optional<Tensor>())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshold, Tensor counters, int64_t max_sparse_rows) {
-  const Shape shape = check_gate(x, gate_up);
-  check_matrix(down_t, "down_t", x.scalar_type());
-  STD_TORCH_CHECK(down_t.size(0) == shape.d_ff && down_t.size(1) == shape.d_model, "down_t must be [d_ff, d_model] = [",
-                  shape.d_ff, ", ", shape.d_model, "], but it is [", down_t.size(0), ", ", down_t.size(1), "]");
-  STD_TORCH_CHECK(std::isfinite(threshold) && threshold >= 0, "threshold must be finite and not negative, but it is ", threshold);
-  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.is_contiguous() && counters.dim() == 2 &&
-                      counters.size(0) == 2 && counters.size(1) == 4,
-                  "counters must be a contiguous int64 tensor of shape [2, 4]");
-
+// y of rows none of which is padding.
+Tensor compute(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, float threshold, const Tensor& counters,
+               bool sparse) {
+  const Shape shape{x.size(0), x.size(1), down_t.size(0)};
   const Dtype dtype = dtype_of(x);
-  const bool sparse = shape.rows <= max_sparse_rows;
-  const float limit = static_cast<float>(threshold);
   const ThreadPool pool = torch_threads();
-  Tensor y = matrix(shape.rows, shape.d_model, x.scalar_type());
+  Tensor y = matrix(x, shape.rows, shape.d_model, x.scalar_type());
   if (shape.rows == 0) return y;
 
   Counts counts;
   if (sparse) {
     counts = kernels().launch_sparse_ffn(dtype, shape, x.const_data_ptr(), gate_up.const_data_ptr(), down_t.const_data_ptr(),
-                                         limit, y.mutable_data_ptr(), pool);
+                                         threshold, y.mutable_data_ptr(), pool);
   } else {
     const Tensor gate_up_out = linear(x, gate_up);
-    Tensor h = matrix(shape.rows, shape.d_ff, x.scalar_type());
-    counts = kernels().launch_activation(dtype, shape, gate_up_out.const_data_ptr(), limit, h.mutable_data_ptr(), pool);
+    Tensor h = matrix(x, shape.rows, shape.d_ff, x.scalar_type());
+    counts = kernels().launch_activation(dtype, shape, gate_up_out.const_data_ptr(), threshold, h.mutable_data_ptr(), pool);
     if (dtype == Dtype::kBFloat16 && kernels().launch_down_bf16) {
       kernels().launch_down_bf16(shape, h.const_data_ptr(), down_t.const_data_ptr(), y.mutable_data_ptr(), pool);
     } else {
@@ -112,10 +73,43 @@ Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshol
   return y;
 }
 
+Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshold, Tensor counters, int64_t max_sparse_rows,
+                        std::optional<Tensor> is_padding) {
+  dtype_of(x);
+  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding);
+  const float limit = static_cast<float>(threshold);
+  const bool sparse = sizes.rows <= max_sparse_rows;
+  std::vector<int64_t> real;
+  if (is_padding) {
+    const bool* const padding = static_cast<const bool*>(is_padding->const_data_ptr());
+    for (int64_t row = 0; row < sizes.rows; ++row) {
+      if (!padding[row]) real.push_back(row);
+    }
+  }
+  const int64_t real_rows = static_cast<int64_t>(real.size());
+  if (!is_padding || real_rows == sizes.rows) return compute(x, gate_up, down_t, limit, counters, sparse);
+
+  const size_t row_bytes = sizes.d_model * (x.scalar_type() == ScalarType::Float ? 4 : 2);
+  Tensor packed = matrix(x, real_rows, sizes.d_model, x.scalar_type());
+  for (int64_t index = 0; index < real_rows; ++index) {
+    std::memcpy(static_cast<char*>(packed.mutable_data_ptr()) + index * row_bytes,
+                static_cast<const char*>(x.const_data_ptr()) + real[index] * row_bytes, row_bytes);
+  }
+  const Tensor packed_y = compute(packed, gate_up, down_t, limit, counters, sparse);
+  Tensor y = matrix(x, sizes.rows, sizes.d_model, x.scalar_type());
+  std::memset(y.mutable_data_ptr(), 0, sizes.rows * row_bytes);
+  for (int64_t index = 0; index < real_rows; ++index) {
+    std::memcpy(static_cast<char*>(y.mutable_data_ptr()) + real[index] * row_bytes,
+                static_cast<const char*>(packed_y.const_data_ptr()) + index * row_bytes, row_bytes);
+  }
+  return y;
+}
+
 Tensor sparse_gate(Tensor x, Tensor gate_up) {
-  const Shape shape = check_gate(x, gate_up);
-  Tensor gates = matrix(shape.rows, shape.d_ff, ScalarType::Float);
-  kernels().launch_gate(dtype_of(x), shape, x.const_data_ptr(), gate_up.const_data_ptr(),
+  const Dtype dtype = dtype_of(x);
+  const Sizes sizes = prosparse::check_gate(x, gate_up);
+  Tensor gates = matrix(x, sizes.rows, sizes.d_ff, ScalarType::Float);
+  kernels().launch_gate(dtype, {sizes.rows, sizes.d_model, sizes.d_ff}, x.const_data_ptr(), gate_up.const_data_ptr(),
                         static_cast<float*>(gates.mutable_data_ptr()), torch_threads());
   return gates;
 }

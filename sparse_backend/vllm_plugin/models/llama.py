@@ -3,11 +3,14 @@
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
 from sparse_backend.activation import Activation
+from sparse_backend.vllm_plugin import padding
 from sparse_backend.vllm_plugin.ffn_path import max_sparse_rows_per_layer
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
 
@@ -64,7 +67,8 @@ class SparseLlamaForCausalLM(LlamaForCausalLM):
 
         Raises:
             UserError: the config's activation is not one we compute.
-            ValueError: LoRA or quantisation is asked for, which the op does not know yet and would silently ignore.
+            ValueError: LoRA or quantisation is asked for, which the op does not know yet and would silently ignore; or the
+                neurons cannot be shared out among the tensor-parallel ranks.
         """
         if vllm_config.lora_config is not None:
             raise ValueError(
@@ -72,8 +76,18 @@ class SparseLlamaForCausalLM(LlamaForCausalLM):
             )
         if vllm_config.quant_config is not None:
             raise ValueError(
-                "--quantization: the sparse feed-forward layers need bfloat16 or float32 weights; serve without it."
+                "--quantization: the sparse feed-forward layers need weights that are not quantised; serve without it."
             )
+        d_ff: int = vllm_config.model_config.hf_config.intermediate_size
+        ranks = get_tensor_model_parallel_world_size()
+        if d_ff % (8 * ranks):
+            raise ValueError(
+                f"--tensor-parallel-size {ranks} would give each rank {d_ff / ranks:g} of the {d_ff} neurons"
+                " (intermediate_size) of a layer, but the kernels take multiples of 8. Give a number that divides"
+                f" {d_ff // 8}."
+            )
+        if not current_platform.is_cpu():
+            padding.check_mask()
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=SparseLlamaDecoderLayer)
 
     def process_weights_after_loading(self) -> None:

@@ -1,6 +1,6 @@
 // The CPU kernels of the gated FFN, y = (gate * active * up) @ down_t, as plain functions over raw pointers.
 //
-// No torch header is included here or below: bindings.cpp is the only file that knows torch.
+// No torch header is included here or below: bindings.cpp alone binds these to torch.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,167 @@
+// The middle of the dense path in one launch: h = gate * active * up, and the counters.
+//
+// A block owns a stripe of neurons over all rows, so the union needs neither a second pass nor scratch memory, and counts are
+// sums of integers, the same in any order. A stripe is 128 bytes of each row: whole cache lines, and at the usual widths more
+// stripes than multiprocessors.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "device.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+
+namespace prosparse::cuda {
+namespace {
+
+constexpr int kStripe = 8;  // vectors of 16 bytes; divides a warp
+constexpr int kMaxThreads = 512;
+constexpr int kRowsInFlight = 4;  // per thread; at thousands of rows, enough requests to keep the memory busy
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ __forceinline__ void narrow(float value, float& out) { out = value; }
+__device__ __forceinline__ void narrow(float value, __half& out) { out = __float2half_rn(value); }
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
+
+__device__ __forceinline__ void add(int64_t* counter, unsigned value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(value));
+}
+
+// 16 bytes of h from 16 bytes of gate and of up; bit i of `active` says whether neuron i is active.
+template <class Element>
+__device__ __forceinline__ uint4 activate(const uint4& gate, const uint4& up, float threshold, unsigned& active) {
+  constexpr int kElements = sizeof(uint4) / sizeof(Element);
+  Element gates[kElements];
+  Element ups[kElements];
+  Element products[kElements];
+  memcpy(gates, &gate, sizeof(gates));
+  memcpy(ups, &up, sizeof(ups));
+  active = 0;
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    const float value = widen(gates[i]);
+    const bool is_active = !(value <= threshold);  // a NaN is active
+    active |= static_cast<unsigned>(is_active) << i;
+    narrow((is_active ? value : 0.0f) * widen(ups[i]), products[i]);
+  }
+  uint4 h;
+  memcpy(&h, products, sizeof(h));
+  return h;
+}
+
+// gate_up_out [rows, 2 * vectors] and h [rows, vectors], in vectors of 16 bytes. The threads of a block are kStripe columns
+// wide; those of a column share the rows out.
+template <class Element>
+__global__ void __launch_bounds__(kMaxThreads)
+    activation_kernel(int64_t rows, int64_t vectors, const uint4* gate_up_out, float threshold, const bool* is_padding,
+                      uint4* h, int64_t* counters) {
+  wait_for_predecessor();
+  const int column = threadIdx.x % kStripe;
+  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kStripe + column;
+  const int64_t row_step = blockDim.x / kStripe;
+
+  unsigned active = 0;  // a block would need 2^26 rows to overflow it
+  unsigned in_union = 0;
+  unsigned real_rows = 0;
+  if (vector < vectors) {
+    for (int64_t first = threadIdx.x / kStripe; first < rows; first += kRowsInFlight * row_step) {
+      uint4 gates[kRowsInFlight] = {};
+      uint4 ups[kRowsInFlight] = {};
+      bool is_real[kRowsInFlight] = {};
+#pragma unroll
+      for (int i = 0; i < kRowsInFlight; ++i) {
+        const int64_t row = first + i * row_step;
+        if (row < rows) {
+          gates[i] = gate_up_out[2 * row * vectors + vector];
+          ups[i] = gate_up_out[(2 * row + 1) * vectors + vector];
+          is_real[i] = !(is_padding && is_padding[row]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsInFlight; ++i) {
+        const int64_t row = first + i * row_step;
+        if (row < rows) {
+          unsigned bits;
+          const uint4 products = activate<Element>(gates[i], ups[i], threshold, bits);
+          h[row * vectors + vector] = is_real[i] ? products : uint4{};
+          bits = is_real[i] ? bits : 0;
+          active += __popc(bits);
+          in_union |= bits;
+          real_rows += is_real[i];
+        }
+      }
+    }
+  }
+
+  // Every block has a first column and with it a count of the real rows; one block's is used.
+  active = __reduce_add_sync(kAllLanes, active);
+  real_rows = __reduce_add_sync(kAllLanes, column == 0 ? real_rows : 0);
+#pragma unroll
+  for (int distance = kStripe; distance < kWarp; distance *= 2) in_union |= __shfl_xor_sync(kAllLanes, in_union, distance);
+
+  constexpr int kMaxWarps = kMaxThreads / kWarp;
+  __shared__ unsigned warp_active[kMaxWarps];
+  __shared__ unsigned warp_real_rows[kMaxWarps];
+  __shared__ unsigned warp_union[kMaxWarps][kStripe];
+  const int warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const int warps = blockDim.x / kWarp;
+  if (lane == 0) {
+    warp_active[warp] = active;
+    warp_real_rows[warp] = real_rows;
+  }
+  if (lane < kStripe) warp_union[warp][lane] = in_union;
+  __syncthreads();
+  if (warp > 0) return;
+
+  active = __reduce_add_sync(kAllLanes, lane < warps ? warp_active[lane] : 0);
+  real_rows = __reduce_add_sync(kAllLanes, lane < warps ? warp_real_rows[lane] : 0);
+  in_union = 0;
+  if (lane < kStripe) {
+    for (int i = 0; i < warps; ++i) in_union |= warp_union[i][lane];
+  }
+  const unsigned union_neurons = __reduce_add_sync(kAllLanes, static_cast<unsigned>(__popc(in_union)));
+  if (lane > 0) return;
+  add(counters + 1, active);
+  add(counters + 2, union_neurons);
+  if (blockIdx.x == 0 && real_rows > 0) {
+    add(counters, real_rows);
+    add(counters + 3, 1);
+  }
+}
+
+template <class Element>
+cudaError_t launch_typed(const Shape& shape, const void* gate_up_out, float threshold, const bool* is_padding, void* h,
+                         int64_t* counters, cudaStream_t stream) {
+  const int64_t vectors = shape.d_ff * static_cast<int64_t>(sizeof(Element)) / static_cast<int64_t>(sizeof(uint4));
+  const int64_t stripes = (vectors + kStripe - 1) / kStripe;
+  const int64_t threads = std::min<int64_t>((shape.rows * kStripe + kWarp - 1) / kWarp * kWarp, kMaxThreads);
+  return launch_early(activation_kernel<Element>, dim3(static_cast<unsigned>(stripes)), dim3(static_cast<unsigned>(threads)), 0,
+                stream, shape.rows, vectors, static_cast<const uint4*>(gate_up_out), threshold, is_padding,
+                static_cast<uint4*>(h), counters);
+}
+
+}  // namespace
+
+size_t activation_workspace(const Shape&) { return 0; }
+
+cudaError_t launch_activation(Dtype dtype, const Shape& shape, const void* gate_up_out, float threshold,
+                              const bool* is_padding, void* h, int64_t* counters, void* /*workspace*/, cudaStream_t stream) {
+  if (shape.rows == 0) return cudaSuccess;
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return launch_typed<__nv_bfloat16>(shape, gate_up_out, threshold, is_padding, h, counters, stream);
+    case Dtype::kFloat16:
+      return launch_typed<__half>(shape, gate_up_out, threshold, is_padding, h, counters, stream);
+    case Dtype::kFloat32:
+      return launch_typed<float>(shape, gate_up_out, threshold, is_padding, h, counters, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace prosparse::cuda

@@ -1,0 +1,45 @@
+// The CUDA kernels' interface: raw device pointers, sizes and a stream. Nothing here synchronises with the host, and every
+// launch may be captured in a CUDA graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace prosparse::cuda {
+
+enum class Dtype { kBFloat16, kFloat16, kFloat32 };
+
+struct Shape {
+  int64_t rows;
+  int64_t d_model;  // a multiple of 8
+  int64_t d_ff;     // a multiple of 8
+};
+
+// The most rows launch_sparse_ffn and launch_gate take on the current device; 0 where there are no kernels for the dtype.
+int max_rows(Dtype dtype, int64_t d_model);
+
+// Bytes of scratch memory one launch_sparse_ffn needs; they need not be initialised.
+size_t sparse_ffn_workspace(Dtype dtype, const Shape& shape);
+
+// y [rows, d_model] = (gate * active * up) @ down_t; gate and up = x @ gate_up^T, accumulated in float32. Deterministic.
+//   is_padding [rows]: rows to leave out, whose y becomes 0; may be null.
+//   counters [4]: this call's rows, active neurons, union neurons and 1 step are added.
+cudaError_t launch_sparse_ffn(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, const void* down_t,
+                              float threshold, const bool* is_padding, void* y, int64_t* counters, void* workspace,
+                              cudaStream_t stream);
+
+// The gate values [rows, d_ff] that launch_sparse_ffn compares with the threshold, by the same code.
+cudaError_t launch_gate(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, float* gates,
+                        cudaStream_t stream);
+
+// Bytes of scratch memory one launch_activation needs; they need not be initialised.
+size_t activation_workspace(const Shape& shape);
+
+// The middle of the dense path: h [rows, d_ff] = gate * active * up from gate_up_out [rows, 2 * d_ff], any number of rows; in the
+// dtype, as the dense reference rounds. Rows that are padding get h = 0 and are not counted. counters: as above.
+cudaError_t launch_activation(Dtype dtype, const Shape& shape, const void* gate_up_out, float threshold,
+                              const bool* is_padding, void* h, int64_t* counters, void* workspace, cudaStream_t stream);
+
+}  // namespace prosparse::cuda

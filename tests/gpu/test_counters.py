@@ -1,0 +1,112 @@
+"""The counters on a GPU: a plain count of the gate values compared, whose sides of the threshold float64 confirms."""
+
+import pytest
+import torch
+
+from sparse_backend.ffn import counters, native, op, reference
+from sparse_backend.ffn.counters import ROWS, SPARSE, STEPS, UNION
+from tests.ffn.layers import ALL_DENSE, ALL_SPARSE, Case
+from tests.gpu.device import NEEDS_GPU, both_dtypes, both_paths, index_of, padding
+
+pytestmark = NEEDS_GPU
+
+
+def plain_count(case: Case, path: int, is_padding: torch.Tensor | None = None) -> torch.Tensor:
+    expected = counters.new_counters("cuda")
+    active = reference.active_neurons(case.gates(path), case.threshold)
+    took_sparse = path == ALL_SPARSE and case.x.shape[0] <= native.max_rows(case.x.dtype, case.x.shape[1])
+    reference.count(expected, index_of(ALL_SPARSE if took_sparse else ALL_DENSE), active, is_padding)
+    return expected
+
+
+@both_dtypes
+@both_paths
+@pytest.mark.parametrize("shape", [(8, 8), (136, 264), (4096, 11008)], ids=str)
+def test_counters_equal_a_plain_count_of_the_same_gates(shape: tuple[int, int], path: int, dtype: torch.dtype) -> None:
+    for density, threshold in [(0.0, 0.5), (0.107, 0.0), (0.3, 0.7), (1.0, 0.0)]:
+        case = Case.random(300, *shape, dtype, density=density, threshold=threshold, device="cuda")
+        for rows in (*range(1, 34), 63, 64, 65, 255, 300):
+            some = case.first_rows(rows)
+            assert torch.equal(some.run(path)[1], plain_count(some, path)), (rows, density)
+
+
+@both_dtypes
+@both_paths
+@pytest.mark.parametrize("rows", [1, 8, 16, 64])
+def test_float64_agrees_but_within_rounding_of_the_threshold(
+    rows: int, path: int, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case.random(rows, 4096, 11008, dtype, density=0.107, threshold=0.25, device="cuda")
+    gate_weights = case.gate_up[:11008].double()
+    exact = case.x.double() @ gate_weights.t()
+    # Higham 2002, eq. 3.5, the error bound of any order of summation; the dense path also rounds to the dtype.
+    bound = 4096 * torch.finfo(torch.float32).eps * (case.x.double().abs() @ gate_weights.abs().t())
+    if path == ALL_DENSE or rows > native.max_rows(dtype, 4096):
+        bound += torch.finfo(dtype).eps * exact.abs()
+    differs = reference.active_neurons(case.gates(path), 0.25) != (exact > 0.25)
+    with capsys.disabled():
+        print(
+            f"\n{int(differs.sum())} of {differs.numel()} gate values fall on the other side of the threshold than in float64"
+        )
+    assert torch.all((exact - 0.25).abs()[differs] <= bound[differs])
+    counted = case.run(path)[1].sum(dim=0)
+    expected = counters.new_counters("cuda")
+    reference.count(expected, SPARSE, exact > 0.25)
+    assert torch.all((counted - expected[SPARSE]).abs() <= differs.sum())
+    assert counted[[ROWS, STEPS]].tolist() == [rows, 1]
+
+
+@both_dtypes
+@pytest.mark.parametrize("shape", [(24, 40), (520, 1000), (4096, 11008)], ids=str)
+def test_gate_values_are_the_products(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    d_model, d_ff = shape
+    case = Case.random(native.max_rows(dtype, d_model), d_model, d_ff, dtype, device="cuda")
+    gate_weights = case.gate_up[:d_ff].double()
+    for rows in range(1, case.x.shape[0] + 1):
+        x = case.x[:rows]
+        values = op.gate_values(x, case.gate_up, ALL_SPARSE)
+        assert values.dtype == torch.float32
+        exact, magnitude = x.double() @ gate_weights.t(), x.double().abs() @ gate_weights.abs().t()
+        # Higham 2002, eq. 3.5.
+        assert torch.all((values.double() - exact).abs() <= d_model * torch.finfo(torch.float32).eps * magnitude)
+
+
+def test_counters_are_cumulative_and_per_path() -> None:
+    case = Case.random(4, 64, 128, torch.bfloat16, device="cuda")
+    counted = counters.new_counters("cuda")
+    for limit in (ALL_SPARSE, ALL_SPARSE, 3):
+        op.sparse_gated_ffn(case.x, case.gate_up, case.down_t, case.threshold, counted, limit)
+    expected = 2 * case.run(ALL_SPARSE)[1] + case.run(3)[1]
+    assert torch.equal(counted, expected)
+    assert counted[:, STEPS].tolist() == [2, 1]
+
+
+@both_paths
+def test_counts_beyond_32_bits(path: int) -> None:
+    case = Case.random(8, 64, 128, torch.bfloat16, density=1, device="cuda")
+    counted = torch.full((2, 4), 2**40 - 1, dtype=torch.int64, device="cuda")
+    op.sparse_gated_ffn(case.x, case.gate_up, case.down_t, case.threshold, counted, path)
+    added = counted - (2**40 - 1)
+    assert added[index_of(path)].tolist() == [8, 8 * 128, 128, 1]
+    assert added.sum() == 8 + 8 * 128 + 128 + 1
+
+
+@both_dtypes
+@both_paths
+@pytest.mark.parametrize("rows", [1, 7, 16, 33, 300])
+def test_rows_of_padding_are_not_counted(rows: int, path: int, dtype: torch.dtype) -> None:
+    case = Case.random(rows, 136, 1000, dtype, density=0.05, device="cuda")
+    for padded in ([], [0], [rows - 1], list(range(0, rows, 3)), list(range(rows // 2, rows)), list(range(rows))):
+        is_padding = padding(rows, padded)
+        counted = case.run(path, is_padding)[1]
+        assert torch.equal(counted, plain_count(case, path, is_padding))
+        real = rows - len(set(padded))
+        assert counted[:, ROWS].sum() == real
+        assert counted[:, STEPS].sum() == min(real, 1)
+
+
+@both_paths
+def test_a_nan_row_activates_every_neuron(path: int) -> None:
+    case = Case.random(5, 136, 264, torch.bfloat16, density=0.1, device="cuda")
+    case.x[2, 7] = float("nan")
+    assert case.run(path)[1][index_of(path), UNION] == 264
