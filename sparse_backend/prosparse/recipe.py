@@ -125,9 +125,6 @@ class Data(_Section):
         if any(weighted) and not all(weighted):
             path = self.sources[weighted.index(False)].path
             raise ValueError(f"source {path!r} has no weight, others have: give all sources one, or none")
-        names = [source.name or source.path for source in self.sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two sources have one name, the names are {names}: give each its own 'name'")
         return self
 
 
@@ -330,6 +327,20 @@ class Recipe(_Section):
         """Length of the last stage, in which 'wsd' lowers the learning rate."""
         return self.steps - (self.stage_ends[-2] if len(self.stages) > 1 else 0)
 
+    def require_data(self) -> Data:
+        """The data to train on.
+
+        Raises:
+            UserError: this recipe, or its SFT phase, names none.
+        """
+        if self.data is None:
+            raise UserError("The recipe has no data. Name sources under 'data' in it, or give --corpus.")
+        if self.sft is not None and self.sft.data is None:
+            raise UserError(
+                "The recipe has an SFT phase without data. Name sources under 'sft.data', or set 'sft' to null."
+            )
+        return self.data
+
     def stretched_stages(self, tokens: int) -> list[dict[str, Any]]:
         """The stages over ``tokens`` tokens in all, each with its share of them."""
         lengths = [stage.tokens or (stage.steps or 0) * self.training.step_tokens for stage in self.stages]
@@ -477,13 +488,14 @@ def _validated(kind: type[ModelT], content: Any, where: str) -> ModelT:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        fault = error.errors()[0]
+        # A misspelt key is also missing under its right name; the spelling is what helps.
+        fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
         key = ".".join(map(str, fault["loc"]))
         if fault["type"] == "extra_forbidden":
             names = _keys_beside(kind, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), names, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"known here are {', '.join(names)}."
-            raise UserError(f"{where}: unknown key {key!r}; {advice}") from None
+            advice = f"Did you mean {near[0]!r}?" if near else f"Known here are {', '.join(names)}."
+            raise UserError(f"{where}: unknown key {key!r}. {advice}") from None
         if fault["type"] == "missing":
             raise UserError(f"{where}: {key} is missing. Add it.") from None
         given = "" if not key or isinstance(fault["input"], dict | list | tuple) else f" is {fault['input']!r}"
