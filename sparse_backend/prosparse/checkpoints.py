@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_backend.activation import DENSE_ACTIVATIONS, Activation
-from sparse_backend.checkpoint import MODEL_CLASS, TOKENIZERS, PhaseRecord, read_json
+from sparse_backend.checkpoint import TOKENIZERS, PhaseRecord, read_json
 from sparse_backend.errors import UserError
-from sparse_backend.hf_configs import SparseLlamaConfig
+from sparse_backend.hf_configs import SPARSE_CONFIGS
+from sparse_backend.prosparse.modeling import SPARSE_MODELS
 
 _TOKENIZER_FILES = (
     *TOKENIZERS,
@@ -27,6 +28,8 @@ _TOKENIZER_FILES = (
 )
 _PRETRAINING_NAME = "pretraining.json"
 
+_SPARSE_TYPES = {config.model_type for config in SPARSE_CONFIGS.values()} - SPARSE_CONFIGS.keys()
+
 
 def check_base(folder: Path) -> str:
     """Check from its config that a folder can be made sparse, before anything is loaded.
@@ -35,18 +38,19 @@ def check_base(folder: Path) -> str:
         Its activation: ``hidden_act``.
 
     Raises:
-        UserError: it is no model folder, or its feed-forward layers are not those of a gated LLaMA.
+        UserError: it is no model folder, or its feed-forward layers are not those of a known family.
     """
     config = read_json(folder, "config.json", "BASE is not a model folder: give the folder that holds it.")
     model_type, activation = config.get("model_type"), config.get("hidden_act")
-    if model_type == SparseLlamaConfig.model_type:
+    if model_type in _SPARSE_TYPES or activation == "fatrelu":
         raise UserError(
-            f"BASE {str(folder)!r} went through all three steps already (model_type 'sparsellama'). Give its base."
+            f"BASE {str(folder)!r} went through all three steps already (model_type {model_type!r}, hidden_act"
+            f" {activation!r}). Give its base."
         )
-    if model_type != "llama":
+    if not isinstance(model_type, str) or model_type not in SPARSE_CONFIGS:
         raise UserError(
-            f"BASE {str(folder)!r} has model_type {model_type!r}. This job makes models of the LLaMA family (model_type"
-            " 'llama') sparse, whose checkpoints the server loads."
+            f"BASE {str(folder)!r} has model_type {model_type!r}. This job knows the gated feed-forward layers of"
+            f" {', '.join(SPARSE_CONFIGS)}; convert BASE to one of them if it computes the same."
         )
     if not isinstance(activation, str) or activation not in ("relu", *DENSE_ACTIVATIONS):
         raise UserError(
@@ -55,6 +59,11 @@ def check_base(folder: Path) -> str:
         )
     if config.get("mlp_bias"):
         raise UserError(f"BASE {str(folder)!r} has mlp_bias set; feed-forward layers with biases are not supported.")
+    if config.get("quantization_config"):
+        raise UserError(
+            f"BASE {str(folder)!r} is quantised (quantization_config), and quantised weights cannot be trained. Give the"
+            " model it was quantised from."
+        )
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             f"BASE {str(folder)!r} holds no *.safetensors weights; other formats can run code and are not loaded."
@@ -120,18 +129,20 @@ def save_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def save_activation(folder: Path, activation: Activation) -> str:
-    """Write the activation into a saved LLaMA folder's config.json.
+    """Write the activation into a saved dense folder's config.json.
 
-    ReLU leaves a plain LLaMA folder that stock transformers loads; FATReLU makes it SparseLLM's published format, less
-    the remote code.
+    ReLU leaves its family's plain folder, which stock transformers loads (MiniCPM's with our class: it has none). FATReLU
+    makes it the family's sparse class, for LLaMA SparseLLM's published format, less the remote code.
 
     Returns:
         The architecture named in the config.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text()) | activation.to_hf_config()
+    config.pop("auto_map", None)  # names remote code, which is not copied
     if activation.kind == "fatrelu":
-        config |= {"architectures": [MODEL_CLASS], "model_type": SparseLlamaConfig.model_type}
+        model = SPARSE_MODELS[config["model_type"]]
+        config |= {"architectures": [model.__name__], "model_type": model.config_class.model_type}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return config["architectures"][0]
 
