@@ -74,6 +74,18 @@ class HeldOutRecord(_Record):
     sparsity: float = Field(
         description="exact zeros in relu(gate)*up, mean over tokens, neurons and layers", ge=0, le=1
     )
+    context: int | None = Field(default=None, description="tokens in one measured sequence")
+    text_sha256: str | None = Field(default=None, description="SHA-256 of held_out.jsonl, where the folder holds it")
+
+
+class DomainRecord(_Record):
+    """The same for the held-out documents of one domain of the corpus."""
+
+    name: str
+    tokens: int
+    loss: float
+    base_loss: float
+    sparsity: float = Field(ge=0, le=1)
 
 
 class LayerRecord(_Record):
@@ -98,6 +110,7 @@ class Manifest(_Record):
     versions: dict[str, str]
     device: str
     held_out: HeldOutRecord
+    domains: list[DomainRecord] = []
     layers: list[LayerRecord]
     files: dict[str, str] = Field(description="SHA-256 of every other file of the folder that is loaded, by name")
 

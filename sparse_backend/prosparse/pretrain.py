@@ -13,7 +13,7 @@ from sparse_backend.prosparse.command import add_shared_arguments, building, com
 from sparse_backend.prosparse.corpus import read_corpus
 from sparse_backend.prosparse.recipe import TrainingRecipe, add_flags, with_flags
 from sparse_backend.prosparse.tokens import read_text, train_tokenizer
-from sparse_backend.prosparse.trainer import OPTIMIZER, train
+from sparse_backend.prosparse.trainer import train
 
 NAME = "pretrain"
 DESCRIPTION = (
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             f"model: {model.num_parameters():,} parameters, {recipe.steps} steps of {recipe.step_tokens:,} tokens",
             flush=True,
         )
-        seconds = train(model, text, recipe, runtime, folder / "trainer")
+        seconds = train(model, text, recipe, runtime, folder / "trainer").seconds_at(recipe.steps)
         rmtree(folder / "trainer")
         save_weights(model, folder)
         tokenizer.save_pretrained(folder)
@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
                 name="pretraining",
                 steps=recipe.steps,
                 tokens=recipe.steps * recipe.step_tokens,
-                seconds=round(seconds[-1], 1),
-                settings={"command": command_line(NAME), **recipe.model_dump(), "optimizer": OPTIMIZER},
+                seconds=round(seconds, 1),
+                settings={"command": command_line(NAME), **recipe.model_dump()},
             ),
         )
     print(f"wrote {args.out}", flush=True)

@@ -118,6 +118,10 @@ class Data(_Section):
     name: str = Field(default="", description="what the manifest calls the corpus; by default made from the sources")
     sources: tuple[Source, ...] = Field(min_length=1)
     held_out: float = Field(default=0.02, gt=0, lt=1, description="share of the documents that nothing is trained on")
+    keep_held_out: bool = Field(
+        default=False,
+        description="leave the held-out text in OUT, so that `prosparse inspect --verify` needs nothing else",
+    )
 
     @model_validator(mode="after")
     def _sources_fit_together(self) -> Self:
@@ -166,7 +170,7 @@ class ThresholdRecipe(_Section):
         ge=0,
         description="nats of held-out loss that the activation threshold may cost; 0 costs nothing measurable",
     )
-    per_layer: bool = Field(default=False, description="one threshold per layer instead of one for all")
+    per_layer: bool = Field(default=True, description="also try one threshold per layer, and take them if they win")
 
     @field_validator("sweep")
     @classmethod
@@ -401,6 +405,7 @@ class _Flags(_Section):
     target_sparsity: float | None = Field(
         default=None, gt=0, lt=1, description=Recipe.model_fields["target_sparsity"].description
     )
+    keep_held_out: bool | None = Field(default=None, description=Data.model_fields["keep_held_out"].description)
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -431,6 +436,8 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     if flags.target_sparsity is not None:
         settings["target_sparsity"] = flags.target_sparsity
     settings["data"] = _data(recipe.data, getattr(args, "corpus", None), getattr(args, "corpus_name", None))
+    if flags.keep_held_out is not None and settings["data"] is not None:
+        settings["data"]["keep_held_out"] = flags.keep_held_out
     given = f", stretched to --tokens {flags.tokens}" if flags.tokens is not None else ""
     recipe = _validated(Recipe, settings, f"--recipe {args.recipe}{given}")
     return recipe if flags.l1 is None else recipe.peaking_at(flags.l1)
@@ -439,7 +446,8 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
 def _data(data: Data | None, corpus: str | None, name: str | None) -> dict[str, Any] | None:
     settings = data.model_dump() if data is not None else {}
     if corpus is not None:
-        settings |= {"sources": [{"path": corpus}], "name": ""}
+        # That a recipe's text may be passed on says nothing of another text.
+        settings |= {"sources": [{"path": corpus}], "name": "", "keep_held_out": False}
     if name is not None and settings:
         settings["name"] = name
     return settings or None
