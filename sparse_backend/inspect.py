@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus",
         metavar="SOURCE",
-        help="with --verify, the corpus the checkpoint was made with, where its folder does not hold the held-out text",
+        help="with --verify, the corpus the checkpoint was made with, where its folder does not hold the held-out text"
+        " (default: stdlib)",
     )
 
 

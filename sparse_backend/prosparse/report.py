@@ -64,7 +64,7 @@ def draw_histories(axes: "Axes", histories: Mapping[str, History], field: str, l
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    if len(histories) > 1:
+    if len(axes.lines) > 1:
         axes.legend()
 
 

@@ -75,7 +75,7 @@ def sweep(model: nn.Module, blocks: HeldOutBlocks, recipe: ThresholdRecipe) -> l
         variants.append(layers_own)
     for factors in variants:
         for threshold in thresholds:
-            with _thresholds(model, threshold, factors):
+            with applied(model, threshold, factors):
                 measured = measure(model, blocks)
             points.append(SweepPoint(threshold, measured.loss, measured.mean_sparsity, factors))
     return points
@@ -96,7 +96,8 @@ def fold(model: nn.Module, factors: Sequence[float]) -> None:
 
 
 @contextmanager
-def _thresholds(model: nn.Module, threshold: float, factors: Sequence[float]) -> Iterator[None]:
+def applied(model: nn.Module, threshold: float, factors: Sequence[float] = ()) -> Iterator[None]:
+    """Let ``model`` compute FATReLU while the block runs, with ``factors`` times the threshold in each layer."""
     ffns = gated_ffns(model)
     before = [ffn.act_fn for ffn in ffns]
     for ffn, factor in zip(ffns, factors or [1.0] * len(ffns), strict=True):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
 from sparse_backend.checkpoint import Checkpoint, Manifest, sha256_of
 from sparse_backend.errors import UserError
@@ -13,6 +14,7 @@ from sparse_backend.prosparse import modeling
 from sparse_backend.prosparse.checkpoints import load_model, load_tokenizer
 from sparse_backend.prosparse.corpus import Corpus, read_corpus
 from sparse_backend.prosparse.evaluate import combined, measure
+from sparse_backend.prosparse.recipe import STANDARD_LIBRARY
 from sparse_backend.prosparse.tokens import HeldOutBlocks, token_stream
 
 HELD_OUT_NAME = "held_out.jsonl"
@@ -53,7 +55,8 @@ def verify(checkpoint: Checkpoint, source: str | None = None) -> Verification:
 
     Args:
         checkpoint: with a manifest.
-        source: the corpus it was made with, where its folder does not hold the held-out text.
+        source: the corpus it was made with, where its folder does not hold the held-out text; by default, this Python's
+            standard library.
 
     Raises:
         UserError: there is no manifest, or the text is not at hand or another.
@@ -63,6 +66,7 @@ def verify(checkpoint: Checkpoint, source: str | None = None) -> Verification:
         raise UserError(f"{checkpoint.folder} has no manifest, so there is nothing to verify. Leave out --verify.")
     texts = _held_out(checkpoint.folder, manifest, source)
     modeling.register()
+    transformers.utils.logging.disable_progress_bar()
     model = load_model(checkpoint.folder, torch.bfloat16)
     tokenizer = load_tokenizer(checkpoint.folder, model.config.vocab_size)
     context = _context(manifest)
@@ -88,13 +92,13 @@ def _held_out(folder: Path, manifest: Manifest, source: str | None) -> Mapping[s
             record = json.loads(line)
             texts.setdefault(record["domain"], []).append(record["text"])
         return texts
-    if source is None:
-        raise UserError(
-            f"{folder} does not hold its held-out text ({HELD_OUT_NAME}). Give the corpus it was made with:"
-            f" --corpus SOURCE ({manifest.corpus.name})."
-        )
-    corpus = read_corpus(source)
+    corpus = read_corpus(source or STANDARD_LIBRARY)
     if corpus.sha256 != manifest.corpus.sha256:
+        if source is None:
+            raise UserError(
+                f"{folder} does not hold its held-out text ({HELD_OUT_NAME}). Give the corpus it was made with:"
+                f" --corpus SOURCE ({manifest.corpus.name})."
+            )
         raise UserError(
             f"--corpus {source!r} is another text than the checkpoint was made with ({manifest.corpus.name}): its SHA-256 is"
             f" {corpus.sha256[:16]}…, the manifest says {manifest.corpus.sha256[:16]}…."
