@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 from pathlib import Path
@@ -97,18 +98,41 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model with ``vocab_size`` embeddings.
 
     Raises:
-        UserError: there is none, or it has more tokens than the model has embeddings.
+        UserError: there is none, or its size does not fit the model's embeddings.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"BASE {str(folder)!r} has no tokenizer that can be loaded: {error}") from None
-    if len(tokenizer) > vocab_size:
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
         raise UserError(
-            f"The tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, the model's config says vocab_size"
+            f"The tokenizer in {str(folder)!r} has tokens up to {largest}, the model's config says vocab_size"
             f" {vocab_size}: they do not belong together. Copy the tokenizer of this very model into the folder."
         )
+    # Embeddings are padded to round numbers, by a few hundred at most.
+    if len(tokenizer) < 0.9 * vocab_size:
+        raise UserError(
+            f"The tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, far fewer than the {vocab_size} of the model's"
+            " config (vocab_size): they do not belong together. Copy the tokenizer of this very model into the folder."
+        )
     return tokenizer
+
+
+def check_base_loss(folder: Path, loss: float, vocab_size: int) -> None:
+    """Refuse a base that predicts text worse than chance: ``loss`` is in nats, and ln ``vocab_size`` is chance.
+
+    A tokenizer of another model passes every check of its size, and shows only here.
+
+    Raises:
+        UserError: the loss is NaN, or above chance by more than untrained weights explain.
+    """
+    chance = math.log(vocab_size)
+    if not loss <= chance + 1:
+        raise UserError(
+            f"BASE {str(folder)!r} has a held-out loss of {loss:.2f} on this corpus, guessing has {chance:.2f}: its tokenizer"
+            " and its weights do not belong together. Copy the tokenizer of this very model into the folder."
+        )
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -16,14 +16,14 @@ from sparse_backend.errors import UserError
 from sparse_backend.prosparse.trainer import Runtime
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+def add_shared_arguments(parser: argparse.ArgumentParser, corpus_required: bool = True) -> None:
     """Flags for the corpus, the device and the progress lines."""
     parser.add_argument(
         "--corpus",
-        required=True,
+        required=corpus_required,
         metavar="SOURCE",
-        help="text to train on: 'stdlib' (this Python's standard library), a folder of text files, a .jsonl file (in "
-        "each line text and, optionally, path) or a text file",
+        help="text to train on: 'stdlib' (this Python's standard library), a folder, a .jsonl or .parquet file (text and, "
+        "optionally, path in each record) or a text file" + ("" if corpus_required else "; in place of the recipe's"),
     )
     parser.add_argument(
         "--corpus-name", metavar="NAME", help="what the manifest calls the corpus (default: made from SOURCE)"

@@ -36,6 +36,7 @@ from sparse_backend.errors import UserError
 from sparse_backend.prosparse import modeling, threshold
 from sparse_backend.prosparse.checkpoints import (
     check_base,
+    check_base_loss,
     copy_tokenizer,
     device_name,
     load_model,
@@ -48,6 +49,7 @@ from sparse_backend.prosparse.checkpoints import (
 from sparse_backend.prosparse.command import add_shared_arguments, command_line, main, runtime_from
 from sparse_backend.prosparse.corpus import Corpus, read_mixture
 from sparse_backend.prosparse.evaluate import Measurement, combined, measure
+from sparse_backend.prosparse.plan import plan
 from sparse_backend.prosparse.recipe import Recipe, add_recipe_arguments, recipe_from
 from sparse_backend.prosparse.report import FOLDER_NAME, write_report
 from sparse_backend.prosparse.schedule import L1Schedule, Stage
@@ -68,10 +70,15 @@ _FIRST_WEIGHT = 1e-6
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "base", type=Path, metavar="BASE", help="folder of a dense model with gated feed-forward layers"
+        "base", type=Path, nargs="?", metavar="BASE", help="folder of a dense model with gated feed-forward layers"
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
-    add_shared_arguments(parser)
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="folder to create")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print stages, tokens, memory per device and a time estimate, and do nothing; BASE and OUT may be left out",
+    )
+    add_shared_arguments(parser, corpus_required=False)
     parser.add_argument(
         "--stop-after",
         choices=("relu", "training"),
@@ -83,12 +90,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked beforehand, then run the job, or go on with an interrupted one."""
     recipe = recipe_from(args)
+    if args.dry_run:
+        print(plan(recipe, args.base))
+        return 0
+    if args.base is None or args.out is None:
+        raise UserError("BASE and OUT are needed: the dense model's folder, and the folder to create.")
     runtime = runtime_from(args)
     check_base(args.base)
     with ExitStack() as stack:
         if not runtime.is_first:
             stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
-        corpus = read_corpus_of(recipe)
+        corpus = read_mixture(recipe.require_data())
         settings = settings_of(args.base, corpus, recipe)
         workspace = stack.enter_context(opened(args.out, settings, is_writer=runtime.is_first))
         manifest = sparsify(args.base, workspace, corpus, recipe, runtime, args.stop_after)
@@ -102,17 +114,6 @@ def run(args: argparse.Namespace) -> int:
         flush=True,
     )
     return 0
-
-
-def read_corpus_of(recipe: Recipe) -> Corpus:
-    """The text that a recipe, or ``--corpus`` in its place, names.
-
-    Raises:
-        UserError: neither names any, or it cannot be read.
-    """
-    if recipe.data is None:
-        raise UserError("The recipe names no text to train on: give --corpus, or data.sources in the recipe.")
-    return read_mixture(recipe.data)
 
 
 def settings_of(base: Path, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
@@ -135,6 +136,8 @@ class BaseFigures:
     loss: float
     losses: Mapping[str, float]
     """By domain."""
+    gate_scale: float
+    """Root mean square of the gate's values."""
 
 
 def sparsify(
@@ -152,6 +155,7 @@ def sparsify(
     # Whatever the manifest says of the input is read before hours of training, not after.
     pretrained, corpus_sha256 = pretraining(base), corpus.sha256
     text, found = read_base(base, workspace, corpus, recipe, runtime)
+    sft_text = None if recipe.sft is None else _sft_text(base, recipe)
 
     schedule = weight_schedule(recipe)
     run = train_steps_1_and_2(base, workspace, text, recipe, runtime, schedule, found.activation, stop_after == "relu")
@@ -159,9 +163,7 @@ def sparsify(
         print("stopped after step 1, as --stop-after asks", flush=True)
         return None
     runs = {"training": run}
-    sft_text = None
-    if recipe.sft is not None:
-        sft_text = _sft_text(base, recipe)
+    if sft_text is not None:
         runs["sft"] = _tune(workspace, run, sft_text, recipe, runtime)
     if stop_after == "training" or not runtime.is_first:
         if stop_after == "training":
@@ -238,20 +240,23 @@ def read_base(
     """
     config = json.loads((base / "config.json").read_text())
     longest, context = config["max_position_embeddings"], recipe.training.context
-    if context > longest:
-        raise UserError(
-            f"--context is {context}, BASE was made for {longest} tokens at most (max_position_embeddings)."
-            " Take a shorter context."
-        )
+    for setting, tokens in (("--context", context), ("sft.context", 0 if recipe.sft is None else recipe.sft.context)):
+        if tokens > longest:
+            raise UserError(
+                f"{setting} is {tokens}, BASE was made for {longest} tokens at most (max_position_embeddings)."
+                " Take a shorter context."
+            )
     text = read_text(corpus, load_tokenizer(base, config["vocab_size"]), context)
     result = workspace.result("base")
     if result is None:
         measured = measure_domains(load_model(base, torch.bfloat16).to(runtime.device), text)
-        losses = {name: part.loss for name, part in measured.items()}
+        whole = combined(list(measured.values()))
+        check_base_loss(base, whole.loss, config["vocab_size"])
         result = {
             "activation": check_base(base),
-            "loss": combined(list(measured.values())).loss,
-            "losses": losses,
+            "loss": whole.loss,
+            "losses": {name: part.loss for name, part in measured.items()},
+            "gate_scale": whole.gate_scale,
         }
         workspace.record("base", result)
     found = BaseFigures(**result)

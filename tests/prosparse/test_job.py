@@ -169,7 +169,11 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "not a folder": (shutil.rmtree, ["BASE", "not a model folder"]),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "list"]),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
-    "other family": (lambda f: edit_config(f, model_type="opt"), ["model_type 'opt'", "LLaMA"]),
+    "other family": (
+        lambda f: edit_config(f, model_type="opt"),
+        ["model_type 'opt'", "llama, mistral, qwen2, qwen3, minicpm"],
+    ),
+    "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), ["quantised", "quantization_config"]),
     "ProSparse already": (lambda f: edit_config(f, model_type="sparsellama"), ["all three steps already"]),
     "other activation": (lambda f: edit_config(f, hidden_act="tanh"), ["hidden_act 'tanh'", "Swish or GELU"]),
     "activation is a list": (lambda f: edit_config(f, hidden_act=["silu"]), ["hidden_act ['silu']", "Swish or GELU"]),
@@ -190,6 +194,8 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer"]),
     "unreadable tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ["no tokenizer"]),
     "tokenizer of another model": (lambda f: _grow_tokenizer(f), ["tokenizer", "vocab_size"]),
+    "tokenizer too small": (lambda f: _shrink_tokenizer(f), ["tokenizer", "far fewer than the"]),
+    "tokenizer of another model of its size": (lambda f: _permute_tokenizer(f), ["tokenizer", "guessing has"]),
     "short context": (lambda f: edit_config(f, max_position_embeddings=64), ["--context is 128", "64 tokens"]),
 }
 
@@ -202,6 +208,25 @@ def _grow_tokenizer(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["an additional token"])
     tokenizer.save_pretrained(folder)
+
+
+def _shrink_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    model = content["model"]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < 300}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    path.write_text(json.dumps(content))
+
+
+def _permute_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    # The special tokens are the first three.
+    others = len(vocabulary) - 3
+    content["model"]["vocab"] = {token: n if n < 3 else 3 + (n - 3 + 100) % others for token, n in vocabulary.items()}
+    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("case", BAD_BASES)

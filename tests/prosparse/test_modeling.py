@@ -9,7 +9,7 @@ from sparse_backend.activation import Activation
 from sparse_backend.errors import UserError
 from sparse_backend.hf_configs import SPARSE_CONFIGS, SparseLlamaConfig
 from sparse_backend.prosparse import modeling
-from sparse_backend.prosparse.checkpoints import check_base, load_model, save_activation, save_weights
+from sparse_backend.prosparse.checkpoints import check_base, check_base_loss, load_model, save_activation, save_weights
 from sparse_backend.prosparse.gated_ffn import gated_ffns, watching
 from sparse_backend.prosparse.modeling import SPARSE_MODELS, FatReLU, MiniCPMForCausalLM, SparseLlamaForCausalLM
 from tests.prosparse.models import random_model, random_tokens
@@ -83,6 +83,13 @@ def test_saved_relu_folder_loads_in_plain_transformers(tmp_path: Path, family: s
     assert type(loaded).__module__.startswith("transformers.")
     assert type(loaded).__name__ == architecture
     assert isinstance(loaded.model.layers[0].mlp.act_fn, torch.nn.ReLU)
+
+
+@pytest.mark.parametrize("loss", [12.0, float("nan")])
+def test_base_that_is_worse_than_guessing_is_refused(tmp_path: Path, loss: float) -> None:
+    with pytest.raises(UserError, match="tokenizer and its weights do not belong together"):
+        check_base_loss(tmp_path, loss, 4096)
+    check_base_loss(tmp_path, 8.5, 4096)
 
 
 def test_minicpm_is_a_llama_with_its_scales_in_the_weights() -> None:
