@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,38 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_backend.checkpoint import Checkpoint, Manifest, sha256_of
 from sparse_backend.prosparse import job, modeling, pretrain
-from sparse_backend.prosparse.command import main
 from sparse_backend.prosparse.corpus import read_corpus
 from sparse_backend.prosparse.evaluate import measure
 from sparse_backend.prosparse.tokens import read_text
 from tests.checkpoints import edit_config
-from tests.prosparse.corpora import write_corpus
+from tests.prosparse.jobs import World, command
 
 RUN = ["--context", "128", "--batch", "8", "--tokens", "40000", "--progress-every", "20"]
-
-
-@dataclass(frozen=True)
-class World:
-    """A corpus, and a dense base trained on it."""
-
-    corpus: Path
-    base: Path
-
-
-def command(module: object, *arguments: object) -> int:
-    """Run one of the room's commands as ``python -m`` would."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["module.py", *map(str, arguments)])
-        return main(module.NAME, module.DESCRIPTION, module.add_arguments, module.run)  # type: ignore[attr-defined]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("prosparse")
-    corpus = write_corpus(folder / "corpus.jsonl")
-    arguments = ["--preset", "tiny", "--corpus", corpus, "--tokens", 80_000, "--batch", 8]
-    assert command(pretrain, folder / "base", *arguments) == 0
-    return World(corpus, folder / "base")
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +87,19 @@ def test_manifest_tells_how_it_was_made(world: World, made: Path) -> None:
     assert (relu.steps, l1.steps, relu.tokens + l1.tokens) == (2, 38, 40 * 1024)
     assert pretraining.settings["command"].startswith("prosparse pretrain")
     assert relu.settings["learning_rate"] == 1e-3
-    assert (l1.settings["l1"], l1.settings["schedule"]) == (1e-3, "fixed")
-    assert shift.settings["sweep"][0]["threshold"] == 0
-    assert manifest.activation.threshold in [point["threshold"] for point in shift.settings["sweep"]]
+    assert (l1.settings["reduction"], l1.settings["scale"]) == ("mean_tokens_sum_dff", 1)
+    assert l1.settings["stages"] == [{"end": 40, "peak": 1e-3}]
+    points = shift.settings["points"]
+    assert points[0]["threshold"] == 0
+    assert [point["threshold"] for point in points if point.get("chosen")] == [manifest.activation.threshold]
+    assert [(domain.name, domain.loss) for domain in manifest.domains] == [("corpus.jsonl", manifest.held_out.loss)]
 
 
 def test_folder_holds_the_checkpoint_and_nothing_else(world: World, made: Path) -> None:
     names = {path.name for path in made.iterdir()}
-    assert names == {*manifest_of(made).files, "prosparse.json"}
+    assert names == {*manifest_of(made).files, "prosparse.json", "report.md", "report"}
+    # The held-out text is somebody's: it stays where it is unless asked for.
+    assert "held_out.jsonl" not in names
     assert {"model.safetensors", "config.json", "generation_config.json"} < names
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert sha256_of(made / name) == sha256_of(world.base / name)
@@ -136,7 +115,7 @@ def test_l1_makes_it_sparse_and_the_order_of_micro_batches_does_not_matter(world
     assert command(job, world.base, out / "unregularised", *arguments, "--l1", 0) == 0
     plain, whole, accumulated = (manifest_of(folder) for folder in (out / "unregularised", made, out / "accumulated"))
     assert accumulated.held_out.loss == pytest.approx(whole.held_out.loss, abs=0.01)
-    before_shift = [found.phases[-1].settings["sweep"][0]["sparsity"] for found in (plain, whole, accumulated)]
+    before_shift = [found.phases[-1].settings["points"][0]["sparsity"] for found in (plain, whole, accumulated)]
     assert before_shift[1] > before_shift[0] + 0.03
     assert before_shift[2] == pytest.approx(before_shift[1], abs=0.01)
 
@@ -154,9 +133,9 @@ def test_no_budget_gives_a_relu_model_that_is_then_taken_as_a_base(
     arguments = ["--corpus", world.corpus, "--context", 128, "--batch", 8, "--tokens", 8192]
     out = tmp_path / "relu"
     # A negative budget cannot be asked for; a sweep that always costs something keeps threshold 0.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparse_backend.prosparse.threshold.SWEEP", (0.0, 50.0))
-        assert command(job, world.base, out, *arguments, "--threshold-budget", 0) == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("extends: demo\nthreshold: {sweep: [50], budget: 0}\n")
+    assert command(job, world.base, out, *arguments, "--recipe", recipe) == 0
     config = json.loads((out / "config.json").read_text())
     assert (config["architectures"], config["hidden_act"]) == (["LlamaForCausalLM"], "relu")
     assert Checkpoint.open(out).activation.kind == "relu"
@@ -249,7 +228,7 @@ def test_unusable_base_is_refused_with_nothing_left_behind(
         (["--l1", "nan"], ["--l1 is nan"]),
         (["--corpus", "no/such/place"], ["no/such/place"]),
         (["--progress-every", "0"], ["--progress-every is 0"]),
-        (["--learning-rate", "1e30", "--warmup", "0"], ["loss became", "--learning-rate"]),
+        (["--learning-rate", "1e30", "--warmup", "0"], ["became", "--learning-rate"]),
     ],
 )
 def test_unusable_flags_are_refused_with_nothing_left_behind(
@@ -277,14 +256,20 @@ def test_full_disk_after_training_keeps_the_weights_and_says_where(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Manifest, "write", fail)
     arguments = ["--corpus", world.corpus, "--context", 128, "--batch", 8, "--tokens", 8192]
+    monkeypatch.setattr(Manifest, "write", fail)
     assert command(job, world.base, tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert "No space left on device" in error
     assert f"kept in {str(tmp_path / 'out.partial')!r}" in error
-    assert load_file(tmp_path / "out.partial" / "model.safetensors")
+    assert load_file(tmp_path / "out.partial" / "trainer" / "checkpoint-8" / "model.safetensors")
     assert not (tmp_path / "out").exists()
+    # Once there is space, nothing is trained again.
+    monkeypatch.undo()
+    assert command(job, world.base, tmp_path / "out", *arguments) == 0
+    assert "step 8/8" not in capsys.readouterr().out
+    assert Checkpoint.open(tmp_path / "out").manifest is not None
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
