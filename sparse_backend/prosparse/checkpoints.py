@@ -197,10 +197,19 @@ def pretraining(folder: Path) -> list[PhaseRecord]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files as they are."""
+    """Copy the tokenizer's files into a saved checkpoint, as they are where that gives the same tokenizer.
+
+    For some folders transformers goes by ``model_type``, which the checkpoint does not share with its base, and not by the
+    class that tokenizer_config.json names: then the copy names the class that the base's folder loads with.
+    """
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    before, after = (type(AutoTokenizer.from_pretrained(folder, local_files_only=True)) for folder in (source, target))
+    if before is not after:
+        path = target / "tokenizer_config.json"
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(settings | {"tokenizer_class": before.__name__}, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

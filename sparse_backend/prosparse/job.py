@@ -378,8 +378,9 @@ def _export(base: Path, workspace: Workspace, trained: Path, chosen: SweepPoint)
     if chosen.factors:
         threshold.fold(model, chosen.factors)
     save_weights(model, folder)
+    architecture = save_activation(folder, threshold.activation_of(chosen.threshold))
     copy_tokenizer(base, folder)
-    return folder, save_activation(folder, threshold.activation_of(chosen.threshold))
+    return folder, architecture
 
 
 def _training_phases(recipe: Recipe, schedule: L1Weight, runs: Mapping[str, TrainingRun]) -> list[PhaseRecord]:
