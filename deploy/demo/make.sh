@@ -23,4 +23,4 @@ if [[ ! -d $out-base ]]; then
     "$python" -m sparse_backend.prosparse.pretrain "$out-base" --preset demo --tokens 100000000 "${corpus[@]}"
 fi
 "$python" -m sparse_backend.prosparse.job "$out-base" "$out" "${corpus[@]}" \
-    --tokens 60000000 --context 2048 --batch 32 --micro-batch 32 --learning-rate 1e-3 --l1 "${L1:-3e-4}"
+    --recipe demo --l1 "${L1:-3e-4}"

@@ -8,6 +8,7 @@ from shutil import rmtree
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from sparse_backend.checkpoint import PhaseRecord
+from sparse_backend.errors import UserError
 from sparse_backend.prosparse.checkpoints import save_pretraining, save_weights
 from sparse_backend.prosparse.command import add_shared_arguments, building, command_line, main, runtime_from
 from sparse_backend.prosparse.corpus import read_corpus
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     """Train the tokenizer, then the model, and write both to OUT."""
     preset = PRESETS[args.preset]
     recipe = with_flags(preset.recipe, args)
+    if recipe.learning_rate_schedule == "wsd":
+        raise UserError("--learning-rate-schedule wsd falls during a recipe's last stage, and pretraining has none.")
     runtime = runtime_from(args)
     with building(args.out) as folder:
         corpus = read_corpus(args.corpus, args.corpus_name)

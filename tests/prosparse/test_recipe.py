@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from sparse_backend.errors import UserError
+from sparse_backend.prosparse import pretrain
 from sparse_backend.prosparse.recipe import (
     Recipe,
     TrainingRecipe,
@@ -270,3 +271,18 @@ def test_unusable_settings_are_refused_by_flag(flags: list[str], words: list[str
         parsed(*flags)
     assert [word for word in words if word not in str(caught.value)] == []
     assert "Value error" not in str(caught.value)
+
+
+def test_recipe_in_the_documentation_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sparsify.md").read_text()
+    recipe = read_recipe(written(tmp_path, page.split("```yaml\n")[1].split("```")[0]))
+    assert [stage.name for stage in recipe.stages] == ["ReLU", "warm-up", "rise"]
+    assert all(f"`{name}`" in page for name in presets())
+
+
+def test_pretraining_has_no_last_stage_to_lower_the_rate_in(tmp_path: Path) -> None:
+    arguments = argparse.ArgumentParser()
+    pretrain.add_arguments(arguments)
+    flags = [str(tmp_path / "out"), "--corpus", "stdlib", "--learning-rate-schedule", "wsd"]
+    with pytest.raises(UserError, match="--learning-rate-schedule wsd"):
+        pretrain.run(arguments.parse_args(flags))
