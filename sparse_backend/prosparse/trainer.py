@@ -157,6 +157,7 @@ def train(
             bf16=on_gpu,
             use_cpu=not on_gpu,
             fsdp=on_gpu and runtime.processes > 1,
+            ddp_find_unused_parameters=False,
             gradient_checkpointing=recipe.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
             torch_compile=runtime.compile,

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparse_backend.prosparse.regulariser import ActivationL1
+from tests.prosparse.jobs import ROOT
 from tests.prosparse.models import random_llama, random_tokens
 
 
@@ -128,3 +131,16 @@ def test_removal_leaves_the_model_as_it_was() -> None:
     l1 = ActivationL1(stack)
     l1.remove()
     assert not [module for module in stack.modules() if module._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("mode", ["plain", "recompute"])
+def test_gradient_is_the_same_under_fsdp(mode: str) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [*launcher, "-m", "tests.prosparse.sharded_gradients", mode],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    assert "gradients agree" in finished.stdout, finished.stderr
