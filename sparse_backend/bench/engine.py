@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -77,10 +78,8 @@ class Engine:
         options = replace(options, dtype=dtype)
         self._process = context.Process(target=_serve, args=(theirs, str(checkpoint.folder), options), daemon=True)
         self._ready = False
-        # Set here since the new process has imported torch, which reads them then, before any line of ours runs in it.
-        for name, value in _QUIET.items():
-            os.environ.setdefault(name, value)
-        self._process.start()
+        with _defaults_in_environment(_QUIET):
+            self._process.start()
         theirs.close()
 
     def wait_ready(self) -> None:
@@ -143,6 +142,18 @@ class Engine:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+@contextlib.contextmanager
+def _defaults_in_environment(defaults: dict[str, str]) -> Iterator[None]:
+    """For a process started inside: torch reads some variables on import, before any line of ours runs there."""
+    missing = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
 
 
 class _EngineServer:

@@ -67,7 +67,6 @@ def in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Process)
     monkeypatch.setattr(engine.multiprocessing, "get_context", lambda _: context)
     monkeypatch.setattr(engine, "_EngineServer", Server)
-    monkeypatch.setattr(engine.os, "environ", dict(os.environ))
     monkeypatch.setattr(Server, "failure", None)
     Server.may_start.set()
 
@@ -141,3 +140,11 @@ def test_a_process_that_has_ended_is_told_of_at_every_call(tmp_path: Path) -> No
         for _ in range(2):
             with pytest.raises(UserError, match="ended with exit code -9"):
                 handle.start_recording()
+
+
+def test_what_keeps_the_process_quiet_does_not_stay_in_our_environment(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path / "model"))
+    before = dict(os.environ)
+    with Engine(checkpoint, EngineOptions("auto")) as handle:
+        handle.wait_ready()
+        assert dict(os.environ) == before
