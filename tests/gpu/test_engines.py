@@ -48,8 +48,13 @@ def child_of_the_hanging_one(folder: Path) -> psutil.Process:
 
 
 def ended(process: psutil.Process) -> bool:
-    # In a container it may stay as a zombie, for want of anybody who asks how it ended.
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    # A killed process takes a moment to go. In a container it may stay as a zombie, for want of anybody who asks how it ended.
+    deadline = time.monotonic() + 5
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def test_an_engine_that_fails_says_why_at_once_and_the_others_go_on(
