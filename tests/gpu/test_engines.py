@@ -1,5 +1,6 @@
 """How the tests of vLLM run their engines, with other programs in place of engines: this needs no GPU."""
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -50,10 +51,11 @@ def child_of_the_hanging_one(folder: Path) -> psutil.Process:
 def ended(process: psutil.Process) -> bool:
     # A killed process takes a moment to go. In a container it may stay as a zombie, for want of anybody who asks how it ended.
     deadline = time.monotonic() + 5
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
     return True
 
 
