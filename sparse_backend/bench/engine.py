@@ -7,7 +7,6 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -16,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import distributed
 
+from sparse_backend.bench.environment import defaults_in_environment
 from sparse_backend.bench.recording import LayerRecount
 from sparse_backend.bench.synthetic_loader import load_arguments
 from sparse_backend.bench.synthetic_model import SyntheticModel
@@ -78,7 +78,8 @@ class Engine:
         options = replace(options, dtype=dtype)
         self._process = context.Process(target=_serve, args=(theirs, str(checkpoint.folder), options), daemon=True)
         self._ready = False
-        with _defaults_in_environment(_QUIET):
+        # torch reads some of them on import, before any line of ours runs in the new process.
+        with defaults_in_environment(_QUIET):
             self._process.start()
         theirs.close()
 
@@ -142,18 +143,6 @@ class Engine:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-
-
-@contextlib.contextmanager
-def _defaults_in_environment(defaults: dict[str, str]) -> Iterator[None]:
-    """For a process started inside: torch reads some variables on import, before any line of ours runs there."""
-    missing = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(missing)
-    try:
-        yield
-    finally:
-        for name in missing:
-            del os.environ[name]
 
 
 class _EngineServer:
