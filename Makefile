@@ -43,7 +43,7 @@ unit: $(DEV_READY)
 
 # What needs an NVIDIA GPU, with the machine's own Python: CI has none, results are kept under docs/results/.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) -m pytest -m gpu tests/gpu $(PYTEST_FLAGS)
 
 format: $(DEV_READY)
 	$(BIN)/ruff check --fix .

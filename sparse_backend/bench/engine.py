@@ -1,5 +1,6 @@
 """A vLLM engine in a process of its own, so that two of them (one per path) can be measured or compared side by side."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -12,13 +13,25 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import distributed
 
+from sparse_backend.bench.environment import defaults_in_environment
 from sparse_backend.bench.recording import LayerRecount
 from sparse_backend.bench.synthetic_loader import load_arguments
 from sparse_backend.bench.synthetic_model import SyntheticModel
 from sparse_backend.checkpoint import MODEL_CLASS, Checkpoint
 from sparse_backend.errors import UserError
 from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
+
+# A benchmark's output is its table: what vLLM and torch say while they start would bury it.
+_QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-torch._library.triton",
+    "TQDM_DISABLE": "1",
+    # What an engine that is ended while it starts leaves behind.
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
+}
 
 
 @dataclass(frozen=True)
@@ -64,18 +77,22 @@ class Engine:
         dtype = checkpoint.engine_dtype(options.dtype, float16=torch.cuda.is_available())
         options = replace(options, dtype=dtype)
         self._process = context.Process(target=_serve, args=(theirs, str(checkpoint.folder), options), daemon=True)
-        self._process.start()
+        self._ready = False
+        # torch reads some of them on import, before any line of ours runs in the new process.
+        with defaults_in_environment(_QUIET):
+            self._process.start()
         theirs.close()
 
     def wait_ready(self) -> None:
         """Return once the model is loaded and compiled.
 
         Raises:
-            UserError: vLLM refuses the checkpoint or the options, or has no room for them.
+            UserError: vLLM refuses the checkpoint or the options, has no room for them, or is not installed completely.
         """
         refusal = self._receive()
         if refusal is not None:
-            raise UserError(f"vLLM cannot run this model so: {refusal}")
+            raise UserError(refusal)
+        self._ready = True
 
     def generate(
         self, prompts: list[list[int]], max_tokens: int, *, top_logprobs: bool = False
@@ -96,13 +113,15 @@ class Engine:
         return self._call("stop_recording")
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        self._connection.send((method, arguments))
+        # A process that has ended takes nothing; receiving tells how it ended.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._connection.send((method, arguments))
         return self._receive()
 
     def _receive(self) -> Any:
         try:
             failed, value = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join(5)
             raise UserError(
                 f"The engine's process ended with exit code {self._process.exitcode}. -9 means killed, as when memory runs out."
@@ -118,19 +137,19 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._connection.close()
-        self._process.join(20)
+        if self._ready:
+            self._process.join(20)
+        # One that is still starting would only notice once it is ready.
         if self._process.is_alive():
             self._process.kill()
+            self._process.join()
 
 
 class _EngineServer:
     """The other side: runs in the spawned process, owns the vLLM engine."""
 
     def __init__(self, folder: str, options: EngineOptions) -> None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # A benchmark's output is its table: what vLLM and torch say while they start would bury it.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.simplefilter("ignore")
         logging.getLogger("torch").setLevel(logging.ERROR)
         from vllm import LLM
@@ -199,25 +218,43 @@ class _EngineServer:
         return self._llm.collective_rpc("stop_recording")[0]
 
 
-def _last_line(error: BaseException) -> str:
+def _refusal(error: Exception) -> str:
+    """What the user is told when vLLM does not start."""
+    if isinstance(error, ImportError):
+        return (
+            f"vLLM cannot start, its installation is incomplete: {error}. Install vLLM with all that it depends on:"
+            " `make install` does, on a GPU machine with DEVICE=cuda."
+        )
+    return f"vLLM cannot run this model so: {_last_line(error)}"
+
+
+def _last_line(error: Exception) -> str:
     """What an exception says in the end; pydantic appends an address to that."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in reversed(lines) if not line.startswith("For further information")), repr(error))
 
 
 def _serve(connection: Connection, folder: str, options: EngineOptions) -> None:
+    # The other side may go away at any time, and then there is nobody left to tell anything.
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _answer(connection, folder, options)
+    # torch complains at exit about groups that are still there.
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _answer(connection: Connection, folder: str, options: EngineOptions) -> None:
+    """Say that the engine is ready, or why not; then answer calls until the other side hangs up, which raises."""
     try:
         server = _EngineServer(folder, options)
     except Exception as error:
-        connection.send((False, _last_line(error)))
+        connection.send((False, _refusal(error)))
         return
     connection.send((False, None))
     while True:
+        method, arguments = connection.recv()
         try:
-            method, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send((False, getattr(server, method)(*arguments)))
+            answer = (False, getattr(server, method)(*arguments))
         except Exception:
-            connection.send((True, traceback.format_exc()))
+            answer = (True, traceback.format_exc())
+        connection.send(answer)

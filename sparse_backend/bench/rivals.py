@@ -1,7 +1,6 @@
 """What the op is measured against on a GPU."""
 
 import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from sparse_backend.bench.environment import defaults_in_environment
 from sparse_backend.errors import UserError
 
 ActivationKernel = Callable[[torch.Tensor], torch.Tensor]
@@ -27,10 +27,10 @@ def fused_activation(threshold: float) -> FusedActivation:
     """vLLM's own kernel where vLLM is installed for GPUs; else what torch.compile makes of the same formula."""
     try:
         # vLLM logs to stdout, where our document goes.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm.platforms import current_platform
+        with defaults_in_environment({"VLLM_LOGGING_LEVEL": "ERROR"}):
+            from vllm.platforms import current_platform
 
-        current_platform.import_kernels()
+            current_platform.import_kernels()
         operator = torch.ops._C.fatrelu_and_mul
     except (ImportError, AttributeError):
         return FusedActivation(

@@ -39,7 +39,8 @@ def sparse_gated_ffn(
     same bits for the same input and number of threads. Weights must be finite: the sparse path does not look at those of
     neurons that no row activates.
 
-    On a GPU the dense path is also taken in float32 and above the row count the kernels take (``native.max_rows``).
+    On a GPU the dense path is also taken in float32 and above the row count the kernels take (``native.max_rows``). There
+    gate weights are read while the kernel ahead on the stream runs out: after changing them, synchronise once.
 
     Args:
         x: [rows, d_model], bfloat16 or float32, on a GPU also float16; any number of rows, also none.

@@ -259,3 +259,14 @@ def test_sources_compile_for_all_cards_without_a_warning_and_load() -> None:
     assert loaded.stdout.startswith("[False, False] [True, True] ")
     # No GPU, no rows.
     assert torch.cuda.is_available() or loaded.stdout.endswith(" 0\n")
+
+
+@pytest.mark.skipif(isinstance(build_cuda._find_nvcc(), build.BuildError), reason="needs nvcc")
+def test_every_card_and_shape_is_divided_into_blocks_that_fit(tmp_path: Path) -> None:
+    nvcc = build_cuda._find_nvcc()
+    assert isinstance(nvcc, build.Compiler)
+    program, source = tmp_path / "cuda_plan", Path(__file__).with_name("cuda_plan.cu")
+    strict = ("-std=c++20", "-O1", *build_cuda.WARNINGS_ARE_ERRORS)
+    build.call([*nvcc.command, *strict, f"-I{build.SOURCES}", str(source), "-o", str(program)], source.name)
+    checked = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout

@@ -4,16 +4,18 @@ python -m tests.gpu.engines REQUEST.json ANSWER.json     one engine, as the test
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from tokenizers import Tokenizer
 
@@ -21,9 +23,10 @@ from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot, merge
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "deploy" / "demo"
-TIMEOUT_S = 240
+TIMEOUT_S = 180
+WORD_EVERY_S = 15
 LOAD_TOKENS = 200
-AT_A_TIME = max(1, min(8, (os.cpu_count() or 1) // 2))
+AT_A_TIME = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
 # vLLM's own MiniCPM class computes FATReLU densely, with its own fused kernel; with these numbers it is a LLaMA.
 STOCK_CLASS = {
@@ -33,6 +36,10 @@ STOCK_CLASS = {
     "dim_model_base": 256,  # the demo's d_model
 }
 OUR_CLASS = {"architectures": ["SparseLlamaForCausalLM"]}
+
+COMMAND = [sys.executable, "-m", "tests.gpu.engines"]
+
+_FIRST_ERROR = re.compile(r"Traceback .*?^([^\n]*\w(?:Error|Exception)(?:: [^\n]*)?)$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -96,37 +103,121 @@ def text_tokens() -> list[int]:
     return list(Tokenizer.from_file(str(DEMO / "tokenizer.json")).encode(text).ids)
 
 
-def run_engines(configs: dict[str, EngineConfig], rounds: list[Round]) -> dict[str, Answer | str]:
-    """Run every configuration; in place of an answer stands the end of the log of an engine that failed."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_A_TIME) as pool:
-        answers = pool.map(lambda item: _run(Path(folder) / item[0], item[1], rounds), configs.items())
-        return dict(zip(configs, answers, strict=True))
+class EngineError(Exception):
+    """Why there is no answer, and where the engine's log is."""
 
 
-def _run(folder: Path, config: EngineConfig, rounds: list[Round]) -> Answer | str:
-    folder.mkdir()
-    (folder / "request.json").write_text(
-        json.dumps({"config": dataclasses.asdict(config), "rounds": [dataclasses.asdict(round_) for round_ in rounds]})
-    )
-    environment = {
-        **os.environ,
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "4",
-        # Engines that compile the same graph at the same time would write the same files.
-        "VLLM_CACHE_ROOT": str(folder / "cache"),
-        **config.environment,
-    }
-    command = [sys.executable, "-m", "tests.gpu.engines", str(folder / "request.json"), str(folder / "answer.json")]
-    with (folder / "log").open("w") as log:
-        try:
-            subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=TIMEOUT_S, check=True
+class Engines:
+    """Engines at work in the background, in the order given; each is waited for only when its answer is asked for.
+
+    A context manager: at its end the engines that still run are ended.
+    """
+
+    def __init__(self, folder: Path, configs: dict[str, EngineConfig], rounds: list[Round]) -> None:
+        """``folder``: empty; keeps the engines' logs."""
+        self._folder, self._rounds = folder, rounds
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._pool = ThreadPoolExecutor(AT_A_TIME)
+        self._answers = {name: self._pool.submit(self._run, name, config) for name, config in configs.items()}
+
+    def answer(self, name: str) -> Answer:
+        """What came of an engine; waits for it, and now and then prints what the engines are at (see it with pytest -s).
+
+        Raises:
+            EngineError: the engine did not start, died, or took more than ``TIMEOUT_S``.
+        """
+        while wait([self._answers[name]], WORD_EVERY_S).not_done:
+            for other in list(self._running):
+                lines = self._log(other).split("\n")
+                print(f"  {other}: {next((line for line in reversed(lines) if line.strip()), '')[-150:]}", flush=True)
+        return self._answers[name].result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._running.values()):
+            _kill(process)
+        self._pool.shutdown()
+
+    def _run(self, name: str, config: EngineConfig) -> Answer:
+        folder = self._folder_of(name)
+        folder.mkdir()
+        request, answer = folder / "request.json", folder / "answer.json"
+        request.write_text(
+            json.dumps(
+                {
+                    "config": dataclasses.asdict(config),
+                    "rounds": [dataclasses.asdict(round_) for round_ in self._rounds],
+                }
             )
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            return f"{error}\n{(folder / 'log').read_text()[-6000:]}"
-    answer = json.loads((folder / "answer.json").read_text())
+        )
+        environment = {
+            **os.environ,
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "4",
+            # Each would else take a thread per core of the machine for itself.
+            "OMP_NUM_THREADS": "2",
+            # Engines that compile the same graph at the same time would write the same files.
+            "VLLM_CACHE_ROOT": str(folder / "cache"),
+            **config.environment,
+        }
+        if importlib.util.find_spec("flashinfer") is None:
+            # vLLM takes it for granted on a GPU, and dies without it.
+            environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        began = time.monotonic()
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [*COMMAND, str(request), str(answer)], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        self._running[name] = process
+        print(f"{name}: started", flush=True)
+        try:
+            status = f"exit status {process.wait(TIMEOUT_S)}"
+        except subprocess.TimeoutExpired:
+            status = "too slow, killed"
+            _kill(process)
+        finally:
+            del self._running[name]
+        took = f"after {time.monotonic() - began:.0f} s"
+        if status != "exit status 0":
+            text = self._log(name)
+            # What vLLM's processes say last is only that another one died: the first error is the cause.
+            cause = _FIRST_ERROR.search(text)
+            reason = f"{status} {took}: {cause[1] if cause else 'no error in its log'}"
+            print(f"{name}: FAILED, {reason}\n{text[-3000:]}", flush=True)
+            raise EngineError(f"the engine {name!r} failed, {reason}\nsee {folder / 'log'}")
+        print(f"{name}: done {took}", flush=True)
+        return _read_answer(answer)
+
+    def _folder_of(self, name: str) -> Path:
+        # Compilers are called with paths in it, and not all callers quote them.
+        return self._folder / re.sub(r"\W+", "-", name)
+
+    def _log(self, name: str) -> str:
+        return (self._folder_of(name) / "log").read_text(errors="replace").replace("\r", "\n")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End an engine's process and those that it started, which would else keep the GPU's memory."""
+    import psutil  # comes with vLLM
+
+    try:
+        started = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for one in (*started, process):
+        one.kill()
+    process.wait()
+
+
+def _read_answer(file: Path) -> Answer:
+    answer = json.loads(file.read_text())
     generated = [[Generated(**one) for one in round_] for round_ in answer.pop("rounds")]
     return Answer(rounds=generated, counted=[Counted(**one) for one in answer.pop("counted")], **answer)
 

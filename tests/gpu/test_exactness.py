@@ -38,6 +38,21 @@ def test_every_row_count_and_density(shape: tuple[int, int], dtype: torch.dtype,
 
 
 @both_dtypes
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        pytest.param(16, (8, 600_000), id="of the first kernel"),
+        pytest.param(1, (70_000, 40), id="of the second, by columns"),
+        pytest.param(9, (8192, 36_000), id="of the second, by neurons"),
+    ],
+)
+def test_more_blocks_than_an_h200_has_multiprocessors(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    seeds = range(-(-SAMPLES // (rows * min(shape))))
+    layers = [Case.random(rows, *shape, dtype, density=0.107, seed=seed, device="cuda") for seed in seeds]
+    assert_within_twice(layers, ALL_SPARSE)
+
+
+@both_dtypes
 def test_the_sparse_path_is_taken_up_to_its_limit(dtype: torch.dtype) -> None:
     for d_model in (8, 1536, 4096, 5120):
         limit = native.max_rows(dtype, d_model)

@@ -1,7 +1,10 @@
 """The demo in vLLM on a GPU: the same text and exact counters, whatever vLLM does around the op.
 
-Text is compared with the dense path in an eager engine. Where two configurations part, the two best tokens must have been within
-rounding of each other. Engines run in float16, whose rounding leaves fewer near-ties than bfloat16's, unless said otherwise.
+Text is compared with a dense, eager engine. Where two configurations part, the two best tokens must have been within rounding of
+each other. Engines run in float16, whose rounding leaves fewer near-ties than bfloat16's, unless said otherwise.
+
+Only the engines that the selected tests need are started: `-m smoke` takes four of them; `-m "not smoke"` and `-k two_ranks`
+(two GPUs) are the rest. With `-s` one sees what they are at.
 """
 
 import importlib.util
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from tests.gpu.device import NEEDS_GPU
-from tests.gpu.engines import LOAD_TOKENS, Answer, EngineConfig, Round, run_engines, text_tokens
+from tests.gpu.engines import LOAD_TOKENS, Answer, EngineConfig, EngineError, Engines, Round, text_tokens
 
 pytestmark = [
     *NEEDS_GPU,
@@ -63,9 +66,11 @@ ENGINES = {
     "v1 eager": engine(environment=V1, enforce_eager=True),
     "unmarked": engine(environment={"VLLM_MOE_SKIP_PADDING": "0"}),
     "bfloat16": engine(dtype="bfloat16"),
-    "bfloat16 stock": engine("stock", dtype="bfloat16"),
+    "bfloat16 eager": engine(dtype="bfloat16", enforce_eager=True),
+    "bfloat16 stock": engine("stock", dtype="bfloat16", enforce_eager=True),
     "float32": engine(dtype="float32"),
 }
+SMOKE = ("reference", "full decode", "bfloat16 eager", "bfloat16 stock")
 OURS = [name for name, config in ENGINES.items() if not config.stock]
 
 
@@ -78,25 +83,46 @@ def rounds() -> list[Round]:
     return [*short, long, common, common]
 
 
+def dtype_of(name: str) -> str:
+    """The dtype whose rounding an engine's text is held to; that of float32 is within float16's."""
+    return "bfloat16" if "bfloat16" in name else "float16"
+
+
+def reference_of(name: str) -> str:
+    """The engine whose text and counts another one's are compared with."""
+    return "bfloat16 stock" if dtype_of(name) == "bfloat16" else "reference"
+
+
 @pytest.fixture(scope="module")
-def answers():
-    return run_engines(ENGINES, rounds())
+def engines(request, tmp_path_factory):
+    calls = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    asked = [call["answer"] for call in calls if "answer" in call]
+    needed = {*asked, *map(reference_of, asked)}
+    configs = {name: config for name, config in ENGINES.items() if name in needed}
+    with Engines(tmp_path_factory.mktemp("engines"), configs, rounds()) as engines:
+        yield engines
 
 
 @pytest.fixture
-def answer(answers, request) -> Answer:
-    return answered(answers, request.param)
+def answer(engines, request) -> Answer:
+    return answered(engines, request.param)
 
 
-def answered(answers, name) -> Answer:
-    answer = answers[name]
-    if isinstance(answer, str):
-        pytest.fail(f"the engine {name!r} failed:\n{answer}")
-    return answer
+def answered(engines, name) -> Answer:
+    try:
+        return engines.answer(name)
+    except EngineError as error:
+        reason = str(error)
+    pytest.fail(reason, pytrace=False)
 
 
 def each(names):
-    return pytest.mark.parametrize("answer", names, indirect=True)
+    marked = [pytest.param(name, marks=pytest.mark.smoke if name in SMOKE else ()) for name in names]
+    return pytest.mark.parametrize("answer", marked, indirect=True)
 
 
 def real_rows(round_: Round, generated) -> int:
@@ -126,14 +152,11 @@ def check_rows(answer: Answer) -> None:
         assert rows == [real_rows(round_, generated)] * LAYERS
 
 
-@each([name for name in ENGINES if name != "reference" and "bfloat16" not in name])
-def test_text_is_that_of_the_dense_eager_engine(answer, answers):
-    compare_texts(answered(answers, "reference"), answer, NEAR_TIE["float16"], IDENTICAL["float16"])
-
-
-def test_text_in_bfloat16_is_that_of_vllms_own_dense_class(answers):
-    stock, ours = answered(answers, "bfloat16 stock"), answered(answers, "bfloat16")
-    compare_texts(stock, ours, NEAR_TIE["bfloat16"], IDENTICAL["bfloat16"])
+@each([name for name in ENGINES if name != reference_of(name)])
+def test_text_is_that_of_the_dense_eager_engine(answer, engines, request):
+    name = request.node.callspec.params["answer"]
+    dtype = dtype_of(name)
+    compare_texts(answered(engines, reference_of(name)), answer, NEAR_TIE[dtype], IDENTICAL[dtype])
 
 
 @each([name for name in OURS if name != "unmarked"])
@@ -150,9 +173,9 @@ def test_padding_that_vllm_does_not_mark_is_counted_but_nothing_is_skipped(answe
 
 
 @each(["eager", "piecewise", "full decode", "full", "chunked", "synchronous", "v1", "v1 piecewise", "v1 eager"])
-def test_active_neurons_are_those_of_the_reference(answer, answers):
+def test_active_neurons_are_those_of_the_reference(answer, engines):
     """Up to those within rounding of the threshold, and to texts that part."""
-    for expected, counted in zip(answered(answers, "reference").counted, answer.counted, strict=True):
+    for expected, counted in zip(answered(engines, "reference").counted, answer.counted, strict=True):
         for layer, (one, other) in enumerate(zip(expected.active, counted.active, strict=True)):
             assert abs(one - other) <= 0.05 * one, layer
         assert sum(counted.active) == pytest.approx(sum(expected.active), rel=0.02)
@@ -220,19 +243,18 @@ def test_a_common_beginning_is_found_in_the_cache(answer):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_ranks_give_the_text_and_the_counters_of_one():
+def test_two_ranks_give_the_text_and_the_counters_of_one(tmp_path):
     # What the ranks exchange sums with is vLLM's business: NCCL is what works on every machine.
     shared = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
     no_symmetric_memory = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
-    engines = {
+    configs = {
         "one": engine(),
         "two": engine(environment=no_symmetric_memory, **shared),
         "two, v1": engine(environment={**no_symmetric_memory, **V1}, **shared),
     }
-    ranks = run_engines(engines, rounds())
-    one = answered(ranks, "one")
-    for name in ("two", "two, v1"):
-        two = answered(ranks, name)
+    with Engines(tmp_path, configs, rounds()) as engines:
+        one, *others = [answered(engines, name) for name in configs]
+    for two in others:
         compare_texts(one, two, NEAR_TIE["float16"], IDENTICAL["float16"])
         check_rows(two)
         check_snapshots_under_load(two)

@@ -1,4 +1,4 @@
-// What both kernels are made of: tensor-core products, weight loads, and the instructions of later cards with their fallbacks.
+// What the kernels are made of: tensor-core products, weight loads, and the instructions of later cards with their fallbacks.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,7 +1,7 @@
 // The second kernel: y = h @ down_t over the neurons that have an h.
 //
-// The grid is splits x column groups: a split takes the neurons of some consecutive blocks of the first kernel, a column group 512
-// columns of y. A warp reads the same 64 columns of all down rows of its neurons: side by side, the warps read long pieces of
+// The grid is splits x column groups: a split takes the neurons of some consecutive blocks of the first kernel, a column group
+// 512 columns of y. A warp reads the same 64 columns of all down rows of its neurons: side by side, the warps read long pieces of
 // each row at nearly the same time, which the memory needs to be fast. Every warp keeps a ring of tiles of its own in shared
 // memory, [16 neurons] x [64 columns], most of them still on their way. A block starts as soon as the blocks it depends on are
 // done, and adds its sums up in an order that only the input determines.
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const DownArgumen
 
   let_successor_start();
 
-  // List the neurons, in the order of blocks, passes and slots, and bring in their h: a warp takes every 16th pass. Each lane waits
-  // for a mask; all blocks of the first kernel are running by now, or done.
+  // List the neurons, in the order of blocks, passes and slots, and bring in their h: a warp takes every 16th pass. Each lane
+  // waits for a mask; all blocks of the first kernel are running by now, or done.
   const int first_pass = first_block * passes.per_block, pass_count = (end_block - first_block) * passes.per_block;
   int neurons = 0;
   for (int start = 0; start < pass_count; start += kWarp) {
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const DownArgumen
       if (lane < kPassRows) list[to] = passes.first_neuron(pass_of_block * passes.blocks + block) + lane;
       if (lane / kPassRows < kRowTiles) {
         const int tile = lane / kPassRows;
-        copy_async(shared_address(h_shared + to * kColumns + tile * 8),
-                   static_cast<const T*>(arguments.h) + (static_cast<int64_t>(pass) * kPassRows + lane % kPassRows) * kColumns + tile * 8);
+        const int64_t from = (static_cast<int64_t>(pass) * kPassRows + lane % kPassRows) * kColumns + tile * 8;
+        copy_async(shared_address(h_shared + to * kColumns + tile * 8), static_cast<const T*>(arguments.h) + from);
       }
     }
     neurons += __shfl_sync(kAllLanes, end, kWarp - 1);
@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const DownArgumen
     __syncwarp();
     request(tile + kStages - 1);
     const uint32_t stage = ring + tile % kStages * kTileBytes;
-    const uint32_t h = shared_address(h_shared + ((tile * kNeuronWarps + neuron_warp) * kTileNeurons + lane % kTileNeurons) * kColumns);
+    const uint32_t h =
+        shared_address(h_shared + ((tile * kNeuronWarps + neuron_warp) * kTileNeurons + lane % kTileNeurons) * kColumns);
     uint32_t b[kRowTiles][2];
 #pragma unroll
     for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) load_transposed(b[row_tile], h + row_tile * 16);

@@ -1,10 +1,10 @@
 // The first kernel: gate values of all neurons, then up values of those that at least one row activates.
 //
-// One block per multiprocessor works in passes of up to 16 weight rows: the gate rows of its next neurons or, once enough active
-// neurons wait in its queue, their up rows, gathered. A pass is one tensor-core product [16 weight rows] x [8 or 16 rows of x];
-// its 16 warps split d_model and their partial sums meet in shared memory. The weights of the next pass are requested while
-// the current one is multiplied, so that reading never stops. What a neuron's values are does not depend on when and in which
-// slot they are computed, and they are kept by the neuron's place in its gate pass: the output is deterministic.
+// A block, one per multiprocessor, works in passes of up to 16 weight rows: the gate rows of its next neurons or, once enough
+// active neurons wait in its queue, their up rows, gathered. A pass is one tensor-core product [16 weight rows] x [8 or 16 rows
+// of x]; its 16 warps split d_model and their partial sums meet in shared memory. The weights of the next pass are requested
+// while the current one is multiplied, so that reading never stops. What a neuron's values are does not depend on when and in
+// which slot they are computed, and they are kept by the neuron's place in its gate pass: the output is deterministic.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ constexpr int kGateUpWarps = 16;  // warp w adds up the partial sums of weight r
 constexpr int kGateUpThreads = kGateUpWarps * kWarp;
 constexpr int kLineBytes = 128;        // d_model is dealt to the warps in memory lines
 constexpr int kLine = kLineBytes / 2;  // of 2-byte values
-constexpr int kQueue = 64;             // at most 15 waiting, 16 being computed and 16 from each of two passes under way
+constexpr int kQueue = 64;             // at most 15 waiting, 16 under way and 16 more from a gate pass under way
 constexpr int kMaxGatePasses = 256;
 constexpr uint32_t kDone = 1u << 31;
 
@@ -155,7 +155,8 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
       const int element = (warp + i / 8 * kGateUpWarps) * kLine + i % 8 * kChunk;
       const bool inside = element < d_model;
       for (int row = 0; row < rows; ++row)
-        copy_async(shared_address(x_shared + row * x_stride + element * 2), x + (inside ? static_cast<int64_t>(row) * d_model + element : 0), inside);
+        copy_async(shared_address(x_shared + row * x_stride + element * 2),
+                   x + (inside ? static_cast<int64_t>(row) * d_model + element : 0), inside);
     }
     end_copy_group();
     wait_for_copies<0>();
@@ -186,7 +187,8 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
             for (int tile = 0; tile < kRowTiles; ++tile) {
               const int row = g + 8 * tile;
               Chunk x{};
-              if (row < rows) x = *reinterpret_cast<const Chunk*>(x_shared + row * x_stride + line * kLineBytes + half * (kLineBytes / 2) + t * 16);
+              const int at = row * x_stride + line * kLineBytes + half * (kLineBytes / 2) + t * 16;
+              if (row < rows) x = *reinterpret_cast<const Chunk*>(x_shared + at);
               mma<T>(sums[tile], w[0].x, w[1].x, w[0].y, w[1].y, x.x, x.y);
               mma<T>(sums[tile], w[0].z, w[1].z, w[0].w, w[1].w, x.z, x.w);
             }

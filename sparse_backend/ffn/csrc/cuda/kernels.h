@@ -1,5 +1,8 @@
 // The CUDA kernels' interface: raw device pointers, sizes and a stream. Nothing here synchronises with the host, and every
 // launch may be captured in a CUDA graph.
+//
+// From compute capability 9.0 on, gate weights are read while the kernel ahead in the stream runs out: it must not be the one
+// that writes them. It may write everything else.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,13 +20,15 @@ struct Shape {
   int64_t d_ff;     // a multiple of 8
 };
 
-// The most rows launch_sparse_ffn and launch_gate take on the current device; 0 where there are no kernels for the dtype.
+// The most rows launch_sparse_ffn and launch_gate take on the current device, at most 16: as many rows of x as its shared memory
+// holds. 0 where there are no kernels for the dtype.
 int max_rows(Dtype dtype, int64_t d_model);
 
 // Bytes of scratch memory one launch_sparse_ffn needs; they need not be initialised.
 size_t sparse_ffn_workspace(Dtype dtype, const Shape& shape);
 
-// y [rows, d_model] = (gate * active * up) @ down_t; gate and up = x @ gate_up^T, accumulated in float32. Deterministic.
+// y [rows, d_model] = (gate * active * up) @ down_t; gate and up = x @ gate_up^T, accumulated in float32. Deterministic. 1 to
+// max_rows rows, d_ff up to 2^24; anything else is cudaErrorInvalidValue.
 //   is_padding [rows]: rows to leave out, whose y becomes 0; may be null.
 //   counters [4]: this call's rows, active neurons, union neurons and 1 step are added.
 cudaError_t launch_sparse_ffn(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, const void* down_t,

@@ -3,17 +3,24 @@
 
 #include <cuda_runtime.h>
 
+// Returns the error of a CUDA call from the function around it.
+#define PROSPARSE_TRY(call)                                                   \
+  do {                                                                        \
+    if (const cudaError_t error = (call); error != cudaSuccess) return error; \
+  } while (false)
+
 namespace prosparse::cuda {
 
-// The kernel calls wait_for_predecessor (device.cuh) before it touches memory that earlier kernels of the stream use. What they
-// write must not be read through __restrict__ or __ldg: those promise that it is constant as long as this kernel runs, which
-// it is not while this one waits. On cards before compute capability 9.0 this is an ordinary launch.
+// The kernel calls wait_for_predecessor (device.cuh) before it touches memory that earlier kernels of the stream use, or knows by
+// other means that they have ended; and before it ends in any case, for what follows it. What they write must not be read
+// through __restrict__ or __ldg: those promise that it is constant as long as this kernel runs, which it is not while this one
+// waits. On cards before compute capability 9.0 this is an ordinary launch.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                          Arguments... arguments) {
   // Whether the kernel waits depends on what the loaded code was compiled for, not on the card.
   cudaFuncAttributes compiled{};
-  if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel); error != cudaSuccess) return error;
+  PROSPARSE_TRY(cudaFuncGetAttributes(&compiled, kernel));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
