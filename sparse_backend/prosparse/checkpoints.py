@@ -103,18 +103,18 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"BASE {str(folder)!r} has no tokenizer that can be loaded: {error}") from None
+        raise UserError(f"{str(folder)!r} has no tokenizer that can be loaded: {error}") from None
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         raise UserError(
-            f"The tokenizer in {str(folder)!r} has tokens up to {largest}, the model's config says vocab_size"
-            f" {vocab_size}: they do not belong together. Copy the tokenizer of this very model into the folder."
+            f"The tokenizer in {str(folder)!r} has tokens up to {largest}, the model's vocab_size is {vocab_size}: they"
+            " do not belong together. Copy the tokenizer of this very model into the folder."
         )
     # Embeddings are padded to round numbers, by a few hundred at most.
     if len(tokenizer) < 0.9 * vocab_size:
         raise UserError(
             f"The tokenizer in {str(folder)!r} has {len(tokenizer)} tokens, far fewer than the {vocab_size} of the model's"
-            " config (vocab_size): they do not belong together. Copy the tokenizer of this very model into the folder."
+            " vocab_size: they do not belong together. Copy the tokenizer of this very model into the folder."
         )
     return tokenizer
 

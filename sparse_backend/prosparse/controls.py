@@ -1,7 +1,8 @@
 """``prosparse controls``: what each part of the recipe gives, from one base and with the same tokens.
 
 Six rows, as in the paper's tables 1, 4 and 5 (arXiv 2402.13516): the dense model trained on; vanilla ReLU; shifted ReLU;
-ReLU with a fixed λ; ProSparse without and with the threshold shift. When the command is killed, the same command goes on.
+ReLU with a fixed λ; ProSparse without and with the threshold shift. Other recipes can run beside them. When the command is
+killed, the same command goes on.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from os import devnull
 from pathlib import Path
 from shutil import rmtree
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,12 +27,12 @@ from sparse_backend.prosparse.command import add_shared_arguments, command_line,
 from sparse_backend.prosparse.corpus import Corpus, read_mixture
 from sparse_backend.prosparse.evaluate import Measurement, combined
 from sparse_backend.prosparse.gated_ffn import gated_ffns
-from sparse_backend.prosparse.job import measure_domains, read_base, settings_of
+from sparse_backend.prosparse.job import measure_domains, read_base, settings_of, weight_schedule
 from sparse_backend.prosparse.recipe import Recipe, add_recipe_arguments, recipe_from
 from sparse_backend.prosparse.report import draw_histories, markdown_table, plotting_is_possible, write_history
 from sparse_backend.prosparse.schedule import L1Schedule, Stage
 from sparse_backend.prosparse.tokens import Text
-from sparse_backend.prosparse.trainer import Runtime, train
+from sparse_backend.prosparse.trainer import L1Weight, Runtime, train
 from sparse_backend.prosparse.workspace import Workspace, opened, write_json
 
 NAME = "controls"
@@ -38,9 +40,14 @@ DESCRIPTION = (
     "Train the paper's control runs beside ProSparse, from one base and with the same tokens, and print its table."
 )
 
-_DENSE = "dense, continued"
-_SHIFTED = "shifted ReLU"
-_PROSPARSE = "ProSparse, no threshold"
+# The names in the table, by those on the command line.
+RUNS = {
+    "dense": "dense, continued",
+    "relu": "vanilla ReLU",
+    "shifted": "shifted ReLU",
+    "fixed": "fixed L1",
+    "prosparse": "ProSparse",
+}
 
 
 class ShiftedReLU(nn.Module):
@@ -57,12 +64,17 @@ class ShiftedReLU(nn.Module):
 
 @dataclass(frozen=True)
 class Control:
-    """One training run: which activation, and λ by step (None: plain language modelling)."""
+    """One training run of the table."""
 
     name: str
+    recipe: Recipe
+    """Its training and its threshold; of its stages, only what ``schedule`` has of them."""
     load: Callable[[Path, torch.dtype], PreTrainedModel]
     """A model with the run's activation, from the base's folder or from the run's own checkpoint."""
-    schedule: L1Schedule | None
+    schedule: L1Weight | None
+    """λ by step; None for plain language modelling."""
+    shifts_threshold: bool = False
+    """True where step 3 follows, for a second row."""
 
     @property
     def slug(self) -> str:
@@ -83,6 +95,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.25,
         help="of the shifted ReLU, in units of the base's gate (root mean square; default: 0.25)",
     )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        choices=tuple(RUNS),
+        default=list(RUNS),
+        help="which of the control runs to make (default: all)",
+    )
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="recipes or presets to run as well, each for the same tokens of the same data, without and with its threshold",
+    )
     add_recipe_arguments(parser)
     parser.set_defaults(recipe="progressive")
 
@@ -90,8 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the input, train every control, write and print the table."""
     recipe, runtime = recipe_from(args), runtime_from(args)
+    others = _others(args, recipe)
     if not math.isfinite(args.shift):
         raise UserError(f"--shift is {args.shift}: it must be a finite number.")
+    if recipe.target_sparsity is not None:
+        raise UserError("The controls share the λ of the recipe's stages. Leave target_sparsity out of it.")
     peaks = {stage.peak for stage in recipe.stages if stage.peak > 0}
     if len(peaks) < 2:
         raise UserError(
@@ -107,9 +136,11 @@ def run(args: argparse.Namespace) -> int:
         settings = settings_of(args.base, corpus, recipe) | {
             "shift": args.shift,
             "threshold": recipe.threshold.model_dump(mode="json"),
+            "runs": args.runs,
+            "also": {name: other.model_dump(mode="json") for name, other in others.items()},
         }
         workspace = stack.enter_context(opened(args.out, settings, is_writer=runtime.is_first))
-        rows = train_controls(args.base, workspace, corpus, recipe, runtime, args.shift)
+        rows = train_controls(args.base, workspace, corpus, recipe, runtime, args.shift, args.runs, others)
         if not runtime.is_first:
             return 0
         table = _write(workspace, rows, recipe, runtime)
@@ -118,28 +149,71 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _others(args: argparse.Namespace, recipe: Recipe) -> dict[str, Recipe]:
+    """The recipes of ``--also`` by the name of their file.
+
+    Raises:
+        UserError: one cannot be compared with the others.
+    """
+    others: dict[str, Recipe] = {}
+    for source in args.also:
+        name, other = Path(source).stem, recipe_from(args, source)
+        if name in others or _slug(name) in map(_slug, RUNS.values()):
+            raise UserError(f"--also {source}: there is another run of the name {name!r}. Rename the file.")
+        if other.data != recipe.data or other.training.context != recipe.training.context:
+            raise UserError(
+                f"--also {source}: its data or training.context is not that of --recipe {args.recipe}, so their losses cannot be"
+                " compared. Make them the same, or give --corpus and --context."
+            )
+        tokens, wanted = (part.steps * part.training.step_tokens for part in (other, recipe))
+        if abs(tokens - wanted) > max(other.training.step_tokens, recipe.training.step_tokens):
+            raise UserError(
+                f"--also {source}: it has {tokens:,} tokens, --recipe {args.recipe} {wanted:,}. Give --tokens, which stretches"
+                " the stages of all."
+            )
+        others[name] = other
+    return others
+
+
 def train_controls(
-    base: Path, workspace: Workspace, corpus: Corpus, recipe: Recipe, runtime: Runtime, shift: float
+    base: Path,
+    workspace: Workspace,
+    corpus: Corpus,
+    recipe: Recipe,
+    runtime: Runtime,
+    shift: float,
+    runs: Sequence[str] = tuple(RUNS),
+    others: Mapping[str, Recipe] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """Train and measure every control that an earlier process has not finished.
+    """Train and measure every run that an earlier process has not finished.
+
+    Args:
+        base: the dense model's folder.
+        workspace: where results are kept.
+        corpus: the recipe's text.
+        recipe: ProSparse's recipe; the other control runs take from it what they share.
+        runtime: device, printing and saving.
+        shift: of the shifted ReLU, in units of the base's gate.
+        runs: which of ``RUNS`` to make.
+        others: further recipes, by name.
 
     Returns:
         One record per row of the table: ``name``, ``loss``, ``sparsity``, ``layers`` (sparsity of each), ``domains`` (``loss``
-        and ``sparsity`` of each), ``history`` of its training, and for ProSparse with its threshold ``threshold``.
+        and ``sparsity`` of each), ``history`` of its training; rows with a threshold have ``threshold`` and ``sweep``.
     """
     modeling.register()
     text, found = read_base(base, workspace, corpus, recipe, runtime)
     rows = []
-    for control in _controls(recipe, shift * found.gate_scale):
-        row = workspace.result(control.slug)
-        if row is None:
-            row = _train(control, base, workspace, text, recipe, runtime)
-            workspace.record(control.slug, row)
-        rows += row["rows"]
+    for control in _controls(recipe, shift * found.gate_scale, runs, others):
+        result = workspace.result(control.slug)
+        if result is None:
+            result = {"rows": _train(control, base, workspace, text, runtime)}
+            workspace.record(control.slug, result)
+        rows += result["rows"]
     return rows
 
 
-def _controls(recipe: Recipe, shift: float) -> list[Control]:
+def _controls(recipe: Recipe, shift: float, runs: Sequence[str], others: Mapping[str, Recipe]) -> list[Control]:
     stages = recipe.l1_schedule
     start, steps = stages.relu_steps, recipe.steps
 
@@ -152,19 +226,22 @@ def _controls(recipe: Recipe, shift: float) -> list[Control]:
             ffn.act_fn = ShiftedReLU(shift)
         return model
 
+    known = {
+        "dense": Control(RUNS["dense"], recipe, load_model, None),
+        "relu": Control(RUNS["relu"], recipe, relu, L1Schedule(steps, [])),
+        "shifted": Control(RUNS["shifted"], recipe, shifted, L1Schedule(steps, [])),
+        "fixed": Control(RUNS["fixed"], recipe, relu, L1Schedule(start, [Stage(steps, stages.stages[-1].peak)])),
+        "prosparse": Control(RUNS["prosparse"], recipe, relu, stages, shifts_threshold=True),
+    }
     return [
-        Control(_DENSE, load_model, None),
-        Control("vanilla ReLU", relu, L1Schedule(steps, [])),
-        Control(_SHIFTED, shifted, L1Schedule(steps, [])),
-        Control("fixed L1", relu, L1Schedule(start, [Stage(steps, stages.stages[-1].peak)])),
-        Control(_PROSPARSE, relu, stages),
+        *(control for name, control in known.items() if name in runs),
+        *(Control(name, other, relu, weight_schedule(other), shifts_threshold=True) for name, other in others.items()),
     ]
 
 
-def _train(
-    control: Control, base: Path, workspace: Workspace, text: Text, recipe: Recipe, runtime: Runtime
-) -> dict[str, Any]:
+def _train(control: Control, base: Path, workspace: Workspace, text: Text, runtime: Runtime) -> list[dict[str, Any]]:
     """Train one control; returns its rows of the table, in the first process, and deletes its checkpoints."""
+    recipe = control.recipe
     print(f"\n{control.name}: {recipe.steps} steps", flush=True)
     folder = workspace.folder / control.slug
     run = train(
@@ -179,17 +256,19 @@ def _train(
         logs=workspace.folder / "tensorboard" / folder.name,
     )
     if not runtime.is_first:
-        return {"rows": []}
+        return []
     model = control.load(run.folder, torch.bfloat16).to(runtime.device)
     rows = [_row(control.name, measure_domains(model, text)) | {"history": run.history}]
-    if control.name == _PROSPARSE:
+    if control.shifts_threshold:
         points = threshold.sweep(model, text.held_out, recipe.threshold)
-        chosen = threshold.choose(points, recipe.threshold.budget)
+        chosen = threshold.choose(points, recipe.threshold.budget, recipe.target_sparsity)
         with threshold.applied(model, chosen.threshold, chosen.factors):
-            row = _row("ProSparse, with threshold", measure_domains(model, text))
-        rows.append(row | {"threshold": chosen.rounded()})
+            row = _row(f"{control.name}, with threshold", measure_domains(model, text))
+        rows.append(row | {"threshold": chosen.rounded(), "sweep": [point.rounded() for point in points]})
+    for row in rows:
+        print(f"{row['name']}: held-out loss {row['loss']:.4f}, sparsity {row['sparsity']:.2%}", flush=True)
     rmtree(folder)
-    return {"rows": rows}
+    return rows
 
 
 def _row(name: str, measured: Mapping[str, Measurement]) -> dict[str, Any]:
@@ -230,13 +309,13 @@ def _write(workspace: Workspace, rows: Sequence[Mapping[str, Any]], recipe: Reci
 
 
 def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    dense = rows[0]
-    domains = list(dense["domains"])
+    domains, layers = list(rows[0]["domains"]), len(rows[0]["layers"])
+    dense = next((row["loss"] for row in rows if row["name"] == RUNS["dense"]), math.nan)
     whole = [
         [
             row["name"],
             f"{row['loss']:.4f}",
-            f"{row['loss'] / dense['loss'] - 1:+.2%}",
+            "" if math.isnan(dense) else f"{row['loss'] / dense - 1:+.2%}",
             f"{math.exp(row['loss']):.2f}",
             f"{row['sparsity']:.2%}",
         ]
@@ -252,13 +331,13 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         for row in rows
     ]
-    layers = [[row["name"], *(f"{share:.1%}" for share in row["layers"])] for row in rows]
+    by_layer = [[row["name"], *(f"{share:.1%}" for share in row["layers"])] for row in rows]
     return [
         markdown_table(("run", "held-out loss", "above dense", "perplexity", "sparsity"), whole),
         "Held-out loss · perplexity · sparsity by domain:",
         markdown_table(("run", *domains), by_domain),
         "Sparsity by layer:",
-        markdown_table(("run", *(str(layer) for layer in range(len(dense["layers"])))), layers),
+        markdown_table(("run", *map(str, range(layers))), by_layer),
     ]
 
 

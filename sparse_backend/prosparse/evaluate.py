@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparse_backend.prosparse.gated_ffn import gated_ffns, watching
 from sparse_backend.prosparse.tokens import HeldOutBlocks
@@ -36,13 +37,20 @@ class Measurement:
         return self.sparsity.mean().item()
 
 
-# Tokens of one evaluation batch: its float32 logits are the largest tensor, 0.5 GB for a vocabulary of 32,000.
-_BATCH_TOKENS = 4096
+# Logits of one evaluation batch: in float32 the largest tensor, 0.5 GB. Smaller batches leave a GPU waiting for launches.
+_BATCH_LOGITS = 2**27
 
 
 @torch.inference_mode()
-def measure(model: torch.nn.Module, blocks: HeldOutBlocks, batch_tokens: int = _BATCH_TOKENS) -> Measurement:
-    """Run ``model``, in its own dtype and on its own device, over the held-out blocks."""
+def measure(model: PreTrainedModel, blocks: HeldOutBlocks, batch_tokens: int | None = None) -> Measurement:
+    """Run ``model``, in its own dtype and on its own device, over the held-out blocks.
+
+    Args:
+        model: a causal model with gated feed-forward layers.
+        blocks: the text.
+        batch_tokens: tokens of one forward pass; by default as many as keep the logits below 0.5 GB.
+    """
+    batch_tokens = batch_tokens or _BATCH_LOGITS // model.config.vocab_size
     ffns = gated_ffns(model)
     device = next(model.parameters()).device
     d_ff = ffns[0].down_proj.in_features

@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from sparse_backend.checkpoint import (
     CorpusRecord,
@@ -264,7 +265,7 @@ def read_base(
     return text, found
 
 
-def measure_domains(model: torch.nn.Module, text: Text) -> dict[str, Measurement]:
+def measure_domains(model: PreTrainedModel, text: Text) -> dict[str, Measurement]:
     """What a model does on each domain's held-out blocks."""
     return {domain.name: measure(model, domain.held_out) for domain in text.domains}
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from sparse_backend.checkpoint import PhaseRecord
 from sparse_backend.errors import UserError
-from sparse_backend.prosparse.checkpoints import save_pretraining, save_weights
+from sparse_backend.prosparse.checkpoints import load_tokenizer, save_pretraining, save_weights
 from sparse_backend.prosparse.command import add_shared_arguments, building, command_line, main, runtime_from
 from sparse_backend.prosparse.corpus import read_corpus
 from sparse_backend.prosparse.recipe import TrainingRecipe, add_flags, with_flags
@@ -46,6 +46,18 @@ PRESETS = {
         kv_heads=2,
         recipe=TrainingRecipe(tokens=100_000_000, context=2048, batch=32, learning_rate=3e-3),
     ),
+    # 91 M parameters: the control runs' base. The rate stays up, for the runs that go on from it to bring it down.
+    "91m": Preset(
+        vocab_size=8192,
+        d_model=768,
+        d_ff=2048,
+        layers=12,
+        heads=12,
+        kv_heads=12,
+        recipe=TrainingRecipe(
+            tokens=80_000_000, context=512, batch=64, learning_rate=8e-4, learning_rate_schedule="constant"
+        ),
+    ),
     # 0.2 M parameters, trained in seconds on a CPU: for tests of the commands, not for its text.
     "tiny": Preset(
         vocab_size=512,
@@ -65,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset", choices=PRESETS, default="demo", help="shape and defaults of the training (default: demo)"
     )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="a tokenizer that an earlier run made, in place of one trained on this corpus",
+    )
     add_shared_arguments(parser)
     add_flags(parser, TrainingRecipe, defaults="of the preset")
 
@@ -78,7 +96,11 @@ def run(args: argparse.Namespace) -> int:
     runtime = runtime_from(args)
     with building(args.out) as folder:
         corpus = read_corpus(args.corpus, args.corpus_name)
-        tokenizer = train_tokenizer(corpus.training, preset.vocab_size, recipe.context)
+        if args.tokenizer is None:
+            tokenizer = train_tokenizer(corpus.training, preset.vocab_size, recipe.context)
+        else:
+            tokenizer = load_tokenizer(args.tokenizer, preset.vocab_size)
+            tokenizer.model_max_length = recipe.context
         text = read_text(corpus, tokenizer, recipe.context)
         config = LlamaConfig(
             vocab_size=len(tokenizer),

@@ -420,13 +420,18 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, Training, defaults="of the recipe")
 
 
-def recipe_from(args: argparse.Namespace) -> Recipe:
+def recipe_from(args: argparse.Namespace, source: str | None = None) -> Recipe:
     """The recipe named by ``--recipe``, with what the other flags (and ``--corpus``, ``--corpus-name``) replace.
+
+    Args:
+        args: the parsed flags.
+        source: a preset or file to read in place of that of ``--recipe``.
 
     Raises:
         UserError: as ``read_recipe``, or a flag is out of its range; the text names the flag.
     """
-    recipe = read_recipe(args.recipe)
+    source = source or args.recipe
+    recipe = read_recipe(source)
     flags = with_flags(_Flags(), args)
     settings = recipe.model_dump() | {"training": with_flags(recipe.training, args).model_dump()}
     if flags.tokens is not None:
@@ -439,7 +444,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     if flags.keep_held_out is not None and settings["data"] is not None:
         settings["data"]["keep_held_out"] = flags.keep_held_out
     given = f", stretched to --tokens {flags.tokens}" if flags.tokens is not None else ""
-    recipe = _validated(Recipe, settings, f"--recipe {args.recipe}{given}")
+    recipe = _validated(Recipe, settings, f"--recipe {source}{given}")
     return recipe if flags.l1 is None else recipe.peaking_at(flags.l1)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from sparse_backend.activation import Activation
 from sparse_backend.prosparse.evaluate import measure
@@ -58,7 +59,7 @@ def _best(points: Sequence[SweepPoint], target: float | None) -> SweepPoint:
     return max(points, key=lambda point: point.sparsity)
 
 
-def sweep(model: nn.Module, blocks: HeldOutBlocks, recipe: ThresholdRecipe) -> list[SweepPoint]:
+def sweep(model: PreTrainedModel, blocks: HeldOutBlocks, recipe: ThresholdRecipe) -> list[SweepPoint]:
     """Measure a ReLU model under each threshold of the recipe, in rising order; 0 comes first.
 
     Thresholds are rounded to three significant digits, so that what is measured is what config.json says.

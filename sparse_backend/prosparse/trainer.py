@@ -132,6 +132,8 @@ def train(
     resumed = workspace.last_complete(folder)
     if resumed is not None and workspace.step_of(resumed[0]) >= end:
         return _finished(resumed[0])
+    if runtime.compile:
+        torch.compiler.reset()  # runs of one process count together towards the limit of recompilations
     norm = ActivationL1(model, l1.reduction, l1.scale)
     progress = _Progress(recipe, runtime, norm, schedule, folder, end)
     trainer = _RegularisedTrainer(
@@ -347,6 +349,9 @@ class _Progress(TrainerCallback):
         every = self._runtime.progress_every
         return step in (1, 10) or step % every == 0 or self._is_evaluated(step) or self._is_saved(step)
 
+    def _needs_sparsity(self, step: int) -> bool:
+        return self._is_logged(step) or (self._target is not None and self._target.is_observed(step))
+
     def on_train_begin(self, _args: TrainingArguments, state: TrainerState, *_rest: Any, **_kwargs: Any) -> None:
         self._started = self._window_started = time.perf_counter()
         self._first_step = self._window_step = state.global_step
@@ -354,9 +359,9 @@ class _Progress(TrainerCallback):
             print(f"resuming after step {state.global_step} of {self._recipe.steps}", flush=True)
 
     def on_step_begin(self, _args: TrainingArguments, state: TrainerState, *_rest: Any, **_kwargs: Any) -> None:
-        step = state.global_step + 1
+        # Compiled, counting is next to free, but switching it on and off compiles the model twice.
         self._l1.counting = self._schedule is not None and (
-            self._is_logged(step) or (self._target is not None and self._target.is_observed(step))
+            self._runtime.compile or self._needs_sparsity(state.global_step + 1)
         )
 
     def on_step_end(
@@ -364,7 +369,9 @@ class _Progress(TrainerCallback):
     ) -> None:
         step = state.global_step
         if self._l1.counting:
-            self.sparsity = _mean_over_processes(self._l1.take_sparsity())
+            sparsity = self._l1.take_sparsity()
+            if self._needs_sparsity(step):
+                self.sparsity = _mean_over_processes(sparsity)
             if self._target is not None and self._target.is_observed(step):
                 self._target.observe(step, self.sparsity)
         if not self._save_every and step == self._first_step + 10:

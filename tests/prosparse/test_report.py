@@ -91,13 +91,13 @@ def test_controls_give_the_papers_table(world: World, tmp_path: Path, capsys: py
     assert table.split("seed 0, CPU.")[1].split("![")[0].strip() in capsys.readouterr().out
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     names = ["dense, continued", "vanilla ReLU", "shifted ReLU", "fixed L1"]
-    names += ["ProSparse, no threshold", "ProSparse, with threshold"]
+    names += ["ProSparse", "ProSparse, with threshold"]
     first = {row[0].removeprefix("| "): row for row in rows[2:8]}
     assert list(first) == names
     sparsity = {name: float(row[4].removesuffix("% |")) for name, row in first.items()}
     assert sparsity["dense, continued"] == 0
     assert sparsity["vanilla ReLU"] < min(sparsity["shifted ReLU"], sparsity["fixed L1"])
-    assert sparsity["ProSparse, no threshold"] < sparsity["ProSparse, with threshold"]
+    assert sparsity["ProSparse"] < sparsity["ProSparse, with threshold"]
     assert first["dense, continued"][2] == "+0.00%"
     assert {path.name for path in out.glob("*.png")} == {"controls.png"}
     assert not list(out.rglob("*.safetensors"))
