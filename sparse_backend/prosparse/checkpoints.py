@@ -94,8 +94,8 @@ def load_model(folder: Path, dtype: torch.dtype, hidden_act: str | None = None) 
     return model
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model with ``vocab_size`` embeddings.
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model with ``vocab_size`` embeddings; None for a model that is yet to be made.
 
     Raises:
         UserError: there is none, or its size does not fit the model's embeddings.
@@ -104,6 +104,8 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{str(folder)!r} has no tokenizer that can be loaded: {error}") from None
+    if vocab_size is None:
+        return tokenizer
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         raise UserError(

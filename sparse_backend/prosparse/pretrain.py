@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="a tokenizer that an earlier run made, in place of one trained on this corpus",
+        help="a folder with a tokenizer, in place of one trained on this corpus; the model's vocabulary is of its size",
     )
     add_shared_arguments(parser)
     add_flags(parser, TrainingRecipe, defaults="of the preset")
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         if args.tokenizer is None:
             tokenizer = train_tokenizer(corpus.training, preset.vocab_size, recipe.context)
         else:
-            tokenizer = load_tokenizer(args.tokenizer, preset.vocab_size)
+            tokenizer = load_tokenizer(args.tokenizer)
             tokenizer.model_max_length = recipe.context
         text = read_text(corpus, tokenizer, recipe.context)
         config = LlamaConfig(

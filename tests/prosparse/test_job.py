@@ -49,6 +49,12 @@ def test_base_is_a_plain_swish_llama_that_learned(world: World) -> None:
     assert loss < 4
 
 
+def test_base_takes_a_tokenizer_that_is_there(world: World, tmp_path: Path) -> None:
+    flags = ["--preset", "tiny", "--corpus", world.corpus, "--tokens", 2_000, "--batch", 4]
+    assert command(pretrain, tmp_path / "base", *flags, "--tokenizer", world.base) == 0
+    assert (tmp_path / "base" / "tokenizer.json").read_bytes() == (world.base / "tokenizer.json").read_bytes()
+
+
 def test_result_loads_and_gives_what_the_manifest_says(world: World, made: Path) -> None:
     manifest = manifest_of(made)
     modeling.register()

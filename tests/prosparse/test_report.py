@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -101,6 +102,47 @@ def test_controls_give_the_papers_table(world: World, tmp_path: Path, capsys: py
     assert first["dense, continued"][2] == "+0.00%"
     assert {path.name for path in out.glob("*.png")} == {"controls.png"}
     assert not list(out.rglob("*.safetensors"))
+
+
+def test_other_recipes_run_beside_the_chosen_controls(world: World, tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("other", 1)):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"training: {{learning_rate: 1e-3, seed: {seed}}}\nstages: [{{peak: 1e-2, tokens: 20_000}}]\n"
+            "threshold: {sweep: [0, 0.1], per_layer: false}\n"
+        )
+    others = ["--also", tmp_path / "one.yaml", tmp_path / "other.yaml"]
+    flags = ["--corpus", world.corpus, "--context", 128, "--batch", 8, "--tokens", 20_000]
+    out = tmp_path / "controls"
+    assert command(controls, world.base, out, *flags, "--runs", "fixed", *others) == 0
+    rows = json.loads((out / "controls.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [
+        "fixed L1",
+        *(f"{name}{step}" for name in ("one", "other") for step in ("", ", with threshold")),
+    ]
+    assert rows[1]["loss"] != rows[3]["loss"]
+    assert rows[2]["sparsity"] == pytest.approx(rows[2]["threshold"]["sparsity"], abs=1e-3)
+    assert rows[2]["threshold"] in rows[2]["sweep"]
+    assert "above dense" in (out / "controls.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("training: {context: 64}\nstages: [{peak: 1e-3, tokens: 20_000}]", "its data or training.context is not"),
+        ("training: {context: 128, batch: 8}\nstages: [{peak: 1e-3, tokens: 90_000}]", "90,112 tokens"),
+    ],
+)
+def test_recipe_that_cannot_be_compared_is_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str, words: str
+) -> None:
+    (tmp_path / "main.yaml").write_text(
+        "training: {context: 128, batch: 8}\nstages: [{peak: 1e-3, tokens: 10_000}, {peak: 1e-2, tokens: 10_000}]"
+    )
+    (tmp_path / "one.yaml").write_text(recipe)
+    arguments = ["--corpus", world.corpus, "--recipe", tmp_path / "main.yaml", "--also", tmp_path / "one.yaml"]
+    assert command(controls, world.base, tmp_path / "out", *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_controls_refuse_a_recipe_that_makes_two_of_them_the_same(
