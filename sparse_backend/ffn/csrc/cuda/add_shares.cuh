@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kShareThreads) add_shares_kernel(const AddShar
     const float4 more = sums[i][threadIdx.x];
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
   }
-  T values[4] = {from_float<T>(sum.x), from_float<T>(sum.y), from_float<T>(sum.z), from_float<T>(sum.w)};
+  alignas(8) const T values[4] = {from_float<T>(sum.x), from_float<T>(sum.y), from_float<T>(sum.z), from_float<T>(sum.w)};
   *reinterpret_cast<uint2*>(static_cast<T*>(arguments.y) + static_cast<int64_t>(blockIdx.y) * d_model + column) =
       *reinterpret_cast<const uint2*>(values);
 }

@@ -1,4 +1,4 @@
-// What the kernels are made of: tensor-core products, weight loads, and the instructions of later cards with their fallbacks.
+// What the kernels are made of: tensor-core products, copies into shared memory, and the instructions of later cards with their fallbacks.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,17 +14,6 @@ constexpr int kChunk = 8;
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Weights are read once: they go past L1, which is left to what is read again. Not through the read-only path (ld.global.nc): the
-// assembler may move such loads behind wait_for_predecessor, and those of a first pass are placed before it on purpose.
-__device__ __forceinline__ Chunk load_weights(const void* address) {
-  Chunk chunk;
-  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
-               : "l"(address)
-               : "memory");
-  return chunk;
-}
 
 // d += a b, m16n8k16, accumulated in float32. Lane 4 g + t holds a[0]: row g, k 2t and 2t + 1; a[1]: row g + 8, the same k;
 // a[2], a[3]: the same rows, k + 8; b[0]: k 2t and 2t + 1 of column g; b[1]: k + 8; d[0], d[1]: row g, columns 2t and 2t + 1;
@@ -65,6 +54,15 @@ __device__ __forceinline__ void load_transposed(uint32_t (&m)[4], uint32_t row) 
                : "memory");
 }
 
+__device__ __forceinline__ Chunk load_shared(uint32_t address) {
+  Chunk chunk;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
+               : "r"(address)
+               : "memory");
+  return chunk;
+}
+
 // Copies a chunk to shared memory without waiting, past L1; zeros instead where there is nothing to read.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool exists = true) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
@@ -100,15 +98,34 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
-// To and from threads of other blocks; what those wrote before is seen, too.
-__device__ __forceinline__ void store_release(uint32_t* to, uint32_t value) {
-  __threadfence();
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+// To and from threads of other blocks, which see each value by itself, in no order with others.
+__device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
+template <typename T>
+__device__ __forceinline__ void store_relaxed(T* to, T value) {
+  static_assert(sizeof(T) == 2);
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(to), "h"(reinterpret_cast<const unsigned short&>(value)) : "memory");
+}
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* from) {
   uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
+}
+__device__ __forceinline__ Chunk load_relaxed(const Chunk* from) {
+  Chunk chunk;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
+               : "l"(from)
+               : "memory");
+  return chunk;
+}
+
+// Two neighbouring values that have not been written yet: NaNs that no conversion to bfloat16 or half returns.
+constexpr uint32_t kMissing = 0xffffffffu;
+__device__ __forceinline__ bool is_missing(const Chunk& chunk) {
+  return __vcmpeq2(chunk.x, kMissing) | __vcmpeq2(chunk.y, kMissing) | __vcmpeq2(chunk.z, kMissing) |
+         __vcmpeq2(chunk.w, kMissing);
 }
 
 }  // namespace prosparse::cuda

@@ -3,8 +3,8 @@
 // The grid is splits x column groups: a split takes the neurons of some consecutive blocks of the first kernel, a column group
 // 512 columns of y. A warp reads the same 64 columns of all down rows of its neurons: side by side, the warps read long pieces of
 // each row at nearly the same time, which the memory needs to be fast. Every warp keeps a ring of tiles of its own in shared
-// memory, [16 neurons] x [64 columns], most of them still on their way. A block starts as soon as the blocks it depends on are
-// done, and adds its sums up in an order that only the input determines.
+// memory, [16 neurons] x [64 columns], most of them still on their way. A block starts as soon as the blocks it depends on know which
+// neurons are active, waits for each h by itself, and adds its sums up in an order that only the input determines.
 #pragma once
 
 #include "device.cuh"
@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const DownArgumen
 
   extern __shared__ __align__(128) unsigned char shared[];
   T* const h_shared = reinterpret_cast<T*>(shared + kDownWarps * kStages * kTileBytes);  // [neuron][column]
-  int* const list = reinterpret_cast<int*>(h_shared + arguments.neuron_capacity * kColumns);
+  int* const list = reinterpret_cast<int*>(h_shared + arguments.neuron_capacity * kColumns);  // of the split's neurons
+  int* const places = list + arguments.neuron_capacity;  // of their h: gate pass * 16 + slot
 
   const int rows = arguments.rows, d_model = arguments.d_model;
   const Passes& passes = arguments.passes;
@@ -50,14 +51,15 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const DownArgumen
 
   let_successor_start();
 
-  // List the neurons, in the order of blocks, passes and slots, and bring in their h: a warp takes every 16th pass. Each lane
-  // waits for a mask; all blocks of the first kernel are running by now, or done.
+  // List the neurons, in the order of blocks, passes and slots: a warp takes every 16th pass. Each lane waits for a mask; all
+  // blocks of the first kernel are running by now, or done.
   const int first_pass = first_block * passes.per_block, pass_count = (end_block - first_block) * passes.per_block;
   int neurons = 0;
   for (int start = 0; start < pass_count; start += kWarp) {
     uint32_t mask = 0;
     if (start + lane < pass_count) {
-      while (!(mask & kDone)) mask = load_acquire(arguments.masks + first_pass + start + lane);
+      const uint32_t* const from = arguments.masks + first_pass + start + lane;
+      while (mask = load_relaxed(from), !(mask & kDone)) __nanosleep(100);
       mask ^= kDone;
     }
     __syncwarp();
@@ -70,23 +72,23 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const DownArgumen
     for (int i = warp; i < min(kWarp, pass_count - start); i += kDownWarps) {
       const uint32_t pass_mask = __shfl_sync(kAllLanes, mask, i);
       const int to = neurons + __shfl_sync(kAllLanes, end, i) - __popc(pass_mask >> (lane % kPassRows));
-      if (!(pass_mask >> (lane % kPassRows) & 1)) continue;
+      if (lane >= kPassRows || !(pass_mask >> lane & 1)) continue;
       const int pass = first_pass + start + i;
       const int block = pass / passes.per_block, pass_of_block = pass % passes.per_block;
-      if (lane < kPassRows) list[to] = passes.first_neuron(pass_of_block * passes.blocks + block) + lane;
-      if (lane / kPassRows < kRowTiles) {
-        const int tile = lane / kPassRows;
-        const int64_t from = (static_cast<int64_t>(pass) * kPassRows + lane % kPassRows) * kColumns + tile * 8;
-        copy_async(shared_address(h_shared + to * kColumns + tile * 8), static_cast<const T*>(arguments.h) + from);
-      }
+      list[to] = passes.first_neuron(pass_of_block * passes.blocks + block) + lane;
+      places[to] = pass * kPassRows + lane;
     }
     neurons += __shfl_sync(kAllLanes, end, kWarp - 1);
   }
-  end_copy_group();
   const int all_tiles = (neurons + kTileNeurons - 1) / kTileNeurons;
-  for (int i = neurons * kRowTiles + threadIdx.x; i < all_tiles * kTileNeurons * kRowTiles; i += kDownThreads)
-    reinterpret_cast<Chunk*>(h_shared)[i] = {};
   __syncthreads();
+
+  const auto load_h = [&](int i) {
+    return load_relaxed(static_cast<const Chunk*>(arguments.h) + places[i / kRowTiles] * kRowTiles + i % kRowTiles);
+  };
+  // For most blocks they are there by now, and faster ahead of the down rows than behind them.
+  Chunk first_h{};
+  if (threadIdx.x < neurons * kRowTiles) first_h = load_h(threadIdx.x);
 
   const uint32_t ring = shared_address(shared + warp * kStages * kTileBytes);
   const int tiles = (all_tiles - neuron_warp + kNeuronWarps - 1) / kNeuronWarps;
@@ -111,7 +113,15 @@ __global__ void __launch_bounds__(kDownThreads, 1) down_kernel(const DownArgumen
 
 #pragma unroll
   for (int tile = 0; tile < kStages - 1; ++tile) request(tile);
-  wait_for_copies<kStages - 1>();  // h, which the other warps copied, too
+  // The h, as soon as the first kernel has them; the down rows are on their way meanwhile.
+  for (int i = threadIdx.x; i < all_tiles * kTileNeurons * kRowTiles; i += kDownThreads) {
+    Chunk h{};
+    if (i < neurons * kRowTiles) {
+      h = i == threadIdx.x ? first_h : load_h(i);
+      while (is_missing(h)) h = load_h(i);
+    }
+    reinterpret_cast<Chunk*>(h_shared)[i] = h;
+  }
   __syncthreads();
   float d[kRowTiles][kTileColumns / 16][4] = {};
   for (int tile = 0; tile < tiles; ++tile) {

@@ -5,6 +5,10 @@
 // of x]; its 16 warps split d_model and their partial sums meet in shared memory. The weights of the next pass are requested
 // while the current one is multiplied, so that reading never stops. What a neuron's values are does not depend on when and in
 // which slot they are computed, and they are kept by the neuron's place in its gate pass: the output is deterministic.
+//
+// Every warp keeps a ring of stages in shared memory, most of them on their way: a stage is one memory line of each of the pass's
+// 16 weight rows. x stays in registers where it fits: read again for every pass, it would be the larger part of what a
+// multiprocessor reads from shared memory.
 #pragma once
 
 #include <cmath>
@@ -19,8 +23,8 @@ constexpr int kGateUpThreads = kGateUpWarps * kWarp;
 constexpr int kLineBytes = 128;        // d_model is dealt to the warps in memory lines
 constexpr int kLine = kLineBytes / 2;  // of 2-byte values
 constexpr int kQueue = 64;             // at most 15 waiting, 16 under way and 16 more from a gate pass under way
-constexpr int kMaxGatePasses = 256;
-constexpr uint32_t kDone = 1u << 31;
+constexpr int kStageBytes = kPassRows * kLineBytes;
+constexpr uint32_t kDone = 1u << 31;  // in a mask
 
 static_assert(kGateUpWarps == kPassRows);
 
@@ -52,8 +56,8 @@ struct GateUpArguments {
   int d_ff;
   float threshold;
   // For the second kernel.
-  uint32_t* masks;  // [blocks, gate passes]: bit i tells whether neuron i of the pass has an h; with kDone once all h are written
-  void* h;          // [blocks, gate passes, 16, 8 * row tiles]
+  uint32_t* masks;  // [blocks, gate passes]: bit i tells whether neuron i of the pass has an h; with kDone once it is known
+  void* h;          // [blocks, gate passes, 16, 8 * row tiles]; kMissing until it is known
 };
 
 // Lines of d_model, the last one possibly not whole.
@@ -62,20 +66,23 @@ __host__ __device__ inline int line_count(int d_model) { return (d_model + kLine
 // Bytes between two rows of x in shared memory: 64 past a multiple of 128, so that lanes 4 g + t of a warp hit different banks.
 __host__ __device__ inline int x_stride_bytes(int d_model) { return line_count(d_model) * kLineBytes + kLineBytes / 2; }
 
-// kLines: memory lines per warp and weight row requested ahead. kRowTiles: rows of x in units of 8.
-template <typename T, int kLines, int kRowTiles>
+// kLines: memory lines per warp and weight row, x being kept in registers; 0: any number of them, x in shared memory.
+// kAhead: stages of a warp on their way while one is multiplied, not more than it has lines. kRowTiles: rows of x in units of 8.
+template <typename T, int kLines, int kRowTiles, int kAhead>
 __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUpArguments arguments) {
+  static_assert(kLines == 0 || kAhead <= kLines);
+  constexpr int kStages = kAhead + 1;
   constexpr int kColumns = 8 * kRowTiles;
   constexpr unsigned kColumnLanes = (1u << kColumns) - 1;
   constexpr int kPartialStride = kPassRows * kColumns + 2;  // + 2: no bank conflicts when partial sums are added up
   constexpr int kParts = kWarp / kColumns;
 
-  extern __shared__ __align__(16) unsigned char x_shared[];
+  extern __shared__ __align__(128) unsigned char shared[];  // rings, and x unless it is in registers
   __shared__ __align__(16) float partial[kGateUpWarps * kPartialStride];
   __shared__ float queue_gate[kQueue][kColumns];  // 0 for rows that do not activate the neuron
   __shared__ int queue_neuron[kQueue], queue_place[kQueue];  // place: gate pass * 16 + slot
   __shared__ int queue_tail;
-  __shared__ uint32_t wanted[kMaxGatePasses];  // by gate pass
+  __shared__ uint32_t wanted;  // of the gate pass that has just been computed
   __shared__ int counted_active, counted_union;
 
   struct Pass {
@@ -87,6 +94,8 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
   const int rows = arguments.rows, d_model = arguments.d_model, d_ff = arguments.d_ff;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int g = lane / 4, t = lane % 4;
+  const int lines = kLines > 0 ? kLines : (line_count(d_model) + kGateUpWarps - 1) / kGateUpWarps;
+  const int row_chunks = d_model / kChunk;
 
   // What follows is the same in every thread of the block.
   const Passes& passes = arguments.passes;
@@ -105,64 +114,88 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
     return {first, count, true};
   };
 
-  const int lines = line_count(d_model);
-  const int chunks = ((lines + kGateUpWarps - 1) / kGateUpWarps + kLines - 1) / kLines;
-  Chunk weights[kLines][2][2];  // [line][half of the line][row g or g + 8]
-  const T* const matrix = static_cast<const T*>(arguments.gate_up);
-  const auto weight_row = [&](const Pass& pass, int slot) -> const T* {
-    if (slot >= pass.count) return nullptr;
-    const int row = pass.up ? d_ff + queue_neuron[(pass.first + slot) % kQueue] : pass.first + slot;
-    return matrix + static_cast<int64_t>(row) * d_model;
+  // The weights of a pass, as this thread requests them: rows copied_row + 4 i.
+  struct Rows {
+    const Chunk* matrix;
+    int first_chunk[4];  // of each row in the matrix; -1 for none
   };
-  // Line l of a warp is line warp + 16 l of the row. A lane's 8 values stand for k = 2t, 2t + 1, 2t + 8 and 2t + 9 of two
-  // products: any order of k will do as long as x is read in the same one.
-  const auto request = [&](Chunk(&into)[2][2], int line, const T* row0, const T* row1) {
+  const int copied_row = lane / 8, copied_chunk = lane % 8;
+  const auto gate_rows = [&](const Pass& pass) -> Rows {
+    Rows result{static_cast<const Chunk*>(arguments.gate_up), {}};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int element = (warp + kGateUpWarps * line) * kLine + half * (kLine / 2) + t * kChunk;
-      const bool inside = element < d_model;
-      into[half][0] = inside && row0 ? load_weights(row0 + element) : Chunk{};
-      into[half][1] = inside && row1 ? load_weights(row1 + element) : Chunk{};
+    for (int i = 0; i < 4; ++i) {
+      const int slot = copied_row + 4 * i;
+      result.first_chunk[i] = slot < pass.count ? (pass.first + slot) * row_chunks : -1;
     }
+    return result;
+  };
+  const auto up_rows = [&](const Pass& pass) -> Rows {
+    Rows result{static_cast<const Chunk*>(arguments.gate_up) + static_cast<int64_t>(d_ff) * row_chunks, {}};
+    const int first_chunk = lane < pass.count ? queue_neuron[(pass.first + lane) % kQueue] * row_chunks : -1;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result.first_chunk[i] = __shfl_sync(kAllLanes, first_chunk, copied_row + 4 * i);
+    return result;
+  };
+  // Chunk c of row r of a stage lies at place c ^ swizzle(r): the two rows that a quarter of a warp reads at once meet no bank twice.
+  const auto swizzle = [](int row) { return row % 2 * 4; };
+  const uint32_t ring = shared_address(shared + warp * kStages * kStageBytes);
+  int next_stage = 0;  // to be requested
+  const auto request = [&](const Rows& from, int line) {
+    const int chunk = (warp + kGateUpWarps * line) * (kLine / kChunk) + copied_chunk;
+    const uint32_t stage = ring + next_stage * kStageBytes;
+    next_stage = next_stage == kStages - 1 ? 0 : next_stage + 1;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool exists = from.first_chunk[i] >= 0 && chunk < row_chunks;
+      const int row = copied_row + 4 * i;
+      copy_async(stage + row * kLineBytes + (copied_chunk ^ swizzle(row)) * 16,
+                 from.matrix + (exists ? static_cast<unsigned>(from.first_chunk[i] + chunk) : 0u), exists);
+    }
+    end_copy_group();
   };
 
   Pass current = next_gate_pass();
-  {
-    const T *row0 = weight_row(current, g), *row1 = weight_row(current, g + 8);
+  Rows current_rows = gate_rows(current);
 #pragma unroll
-    for (int line = 0; line < kLines; ++line) request(weights[line], line, row0, row1);
-  }
+  for (int line = 0; line < kAhead; ++line) request(current_rows, line);
 
   // Everything above reads weights only; x and the scratch memory belong to the predecessor.
   wait_for_predecessor();
-  if (warp == 0) {
-    // The second kernel may start once every block is past this line, and then waits for the masks it needs.
-    if (!arguments.gates)
-      for (int pass = lane; pass < gate_passes; pass += kWarp) arguments.masks[blockIdx.x * gate_passes + pass] = 0;
-    __syncwarp();
-    if (lane == 0) {
-      __threadfence();
-      let_successor_start();
-    }
-  }
-
-  // Each warp brings in the lines of x it will multiply.
+  const auto x_chunk = [&](int row, int element) {
+    const T* const from = static_cast<const T*>(arguments.x) + static_cast<int64_t>(row) * d_model + element;
+    return row < rows && element < d_model ? __ldcg(reinterpret_cast<const Chunk*>(from)) : Chunk{};
+  };
+  Chunk x_registers[kLines > 0 ? kLines : 1][2][kRowTiles];
+  unsigned char* const x_shared = shared + kGateUpWarps * kStages * kStageBytes;
   const int x_stride = x_stride_bytes(d_model);
-  {
-    const T* const x = static_cast<const T*>(arguments.x);
-    const int row_chunks = (lines - warp + kGateUpWarps - 1) / kGateUpWarps * (kLineBytes / 16);
-    for (int i = lane; i < row_chunks; i += kWarp) {
-      const int element = (warp + i / 8 * kGateUpWarps) * kLine + i % 8 * kChunk;
-      const bool inside = element < d_model;
-      for (int row = 0; row < rows; ++row)
-        copy_async(shared_address(x_shared + row * x_stride + element * 2),
-                   x + (inside ? static_cast<int64_t>(row) * d_model + element : 0), inside);
-    }
-    end_copy_group();
-    wait_for_copies<0>();
+  if constexpr (kLines > 0) {
+#pragma unroll
+    for (int line = 0; line < kLines; ++line)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile)
+          x_registers[line][half][tile] =
+              x_chunk(g + 8 * tile, (warp + kGateUpWarps * line) * kLine + half * (kLine / 2) + t * kChunk);
+  } else {
+    for (int row = 0; row < rows; ++row)
+      for (int i = threadIdx.x; i < line_count(d_model) * (kLine / kChunk); i += kGateUpThreads)
+        *reinterpret_cast<Chunk*>(x_shared + row * x_stride + i * 16) = x_chunk(row, i * kChunk);
   }
-  for (int pass = threadIdx.x; pass < gate_passes; pass += kGateUpThreads) wanted[pass] = 0;
-  if (threadIdx.x == 0) queue_tail = counted_active = counted_union = 0;
+  const auto x_of = [&](int line, int half, int tile) {
+    if constexpr (kLines > 0) return x_registers[line][half][tile];
+    // Zeros for what is not there, weights are zero then, too: a product with an infinity would be seen.
+    const int row = g + 8 * tile, at = (warp + kGateUpWarps * line) * kLineBytes + half * (kLineBytes / 2) + t * 16;
+    return row < rows && at < x_stride - kLineBytes / 2 ? *reinterpret_cast<const Chunk*>(x_shared + row * x_stride + at) : Chunk{};
+  };
+  // What the second kernel waits for.
+  if (warp == 0 && !arguments.gates) {
+    for (int pass = lane; pass < gate_passes; pass += kWarp) arguments.masks[blockIdx.x * gate_passes + pass] = 0;
+    const int h_chunks = gate_passes * kPassRows * kRowTiles;
+    for (int i = lane; i < h_chunks; i += kWarp)
+      static_cast<Chunk*>(arguments.h)[blockIdx.x * h_chunks + i] = {kMissing, kMissing, kMissing, kMissing};
+  }
+  if (threadIdx.x == 0) queue_tail = 0, wanted = 0, counted_active = counted_union = 0;
   __syncthreads();
   int gate_passes_ended = 0;
   const int column = lane % kColumns;
@@ -170,34 +203,33 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
 
   while (current.count > 0) {
     Pass next = next_pass();
+    const Rows next_rows = next.up ? up_rows(next) : gate_rows(next);
     float sums[kRowTiles][4] = {};
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const bool last = chunk == chunks - 1;
-      const Pass requested{last ? next.first : current.first, last ? next.count : current.count, last ? next.up : current.up};
-      const T *row0 = weight_row(requested, g), *row1 = weight_row(requested, g + 8);
-      const int ahead = last ? 0 : (chunk + 1) * kLines;
+    const auto multiply = [&](int line) {
+      wait_for_copies<kAhead - 1>();
+      __syncwarp();
+      // The oldest stage is the next one but one to be requested; what takes the place of the one before it comes first.
+      const int oldest = next_stage == kStages - 1 ? 0 : next_stage + 1;
+      const bool same_pass = line + kAhead < lines;
+      request(same_pass ? current_rows : next_rows, same_pass ? line + kAhead : line + kAhead - lines);
+      const uint32_t row_g = ring + oldest * kStageBytes + g * kLineBytes + (t ^ swizzle(g)) * 16;
 #pragma unroll
-      for (int i = 0; i < kLines; ++i) {
-        const int line = warp + kGateUpWarps * (chunk * kLines + i);
-        if (line < lines) {
+      for (int half = 0; half < 2; ++half) {
+        const Chunk low = load_shared(row_g ^ (half * 64)), high = load_shared((row_g ^ (half * 64)) + 8 * kLineBytes);
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const Chunk(&w)[2] = weights[i][half];
-#pragma unroll
-            for (int tile = 0; tile < kRowTiles; ++tile) {
-              const int row = g + 8 * tile;
-              Chunk x{};
-              const int at = row * x_stride + line * kLineBytes + half * (kLineBytes / 2) + t * 16;
-              if (row < rows) x = *reinterpret_cast<const Chunk*>(x_shared + at);
-              mma<T>(sums[tile], w[0].x, w[1].x, w[0].y, w[1].y, x.x, x.y);
-              mma<T>(sums[tile], w[0].z, w[1].z, w[0].w, w[1].w, x.z, x.w);
-            }
-          }
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          const Chunk v = x_of(line, half, tile);
+          mma<T>(sums[tile], low.x, high.x, low.y, high.y, v.x, v.y);
+          mma<T>(sums[tile], low.z, high.z, low.w, high.w, v.z, v.w);
         }
-        request(weights[i], ahead + i, row0, row1);
       }
+    };
+    if constexpr (kLines > 0) {
+#pragma unroll
+      for (int line = 0; line < kLines; ++line) multiply(line);
+    } else {
+      for (int line = 0; line < lines; ++line) multiply(line);
     }
-
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
       float* const to = partial + warp * kPartialStride + g * kColumns + tile * 8 + 2 * t;
@@ -218,8 +250,8 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
       // where(active, gate, 0) * up, so that an infinite up value shows as in the dense layer; padding has no output.
       const int number = (current.first + warp) % kQueue;
       if (inside && lane < kColumns)
-        static_cast<T*>(arguments.h)[(blockIdx.x * gate_passes * kPassRows + queue_place[number]) * kColumns + lane] =
-            from_float<T>(real ? queue_gate[number][lane] * value : 0.0f);
+        store_relaxed(static_cast<T*>(arguments.h) + (blockIdx.x * gate_passes * kPassRows + queue_place[number]) * kColumns + lane,
+                      from_float<T>(real ? queue_gate[number][lane] * value : 0.0f));
     } else {
       const bool active = inside && real && !(value <= arguments.threshold);
       const unsigned rows_active = __ballot_sync(kAllLanes, active) & kColumnLanes;
@@ -233,7 +265,7 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
           number = atomicAdd(&queue_tail, 1) % kQueue;
           queue_neuron[number] = current.first + warp;
           queue_place[number] = gate_passes_ended * kPassRows + warp;
-          atomicOr(&wanted[gate_passes_ended], 1u << warp);
+          atomicOr(&wanted, 1u << warp);
           if (rows_active) atomicAdd(&counted_active, __popc(rows_active)), atomicAdd(&counted_union, 1);
         }
         number = __shfl_sync(kAllLanes, number, 0);
@@ -242,18 +274,35 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
       ++gate_passes_ended;
     }
     __syncthreads();
+    if (threadIdx.x == 0 && !current.up && !arguments.gates) {
+      if (gate_passes_ended == 1) {
+        // The second kernel may start once every block is here: what it waits for is no longer what an earlier call left. It
+        // does not start before blocks end, and the fence is not waited for by now.
+        __threadfence();
+        let_successor_start();
+      }
+      store_relaxed(arguments.masks + blockIdx.x * gate_passes + gate_passes_ended - 1, wanted | kDone);
+      wanted = 0;
+    }
+
+    current_rows = next_rows;
     if (next.count == 0) {
+      // Nothing was known to be needed when this pass began: the stages requested for it are empty. Request them again.
       next = next_pass();
-      const T *row0 = weight_row(next, g), *row1 = weight_row(next, g + 8);
+      if (next.count > 0) {
+        current_rows = up_rows(next);
+        wait_for_copies<0>();
+        __syncwarp();
+        next_stage = next_stage == kStages - 1 ? 0 : next_stage + 1;  // kAhead before it, in a ring of kAhead + 1
 #pragma unroll
-      for (int line = 0; line < kLines; ++line) request(weights[line], line, row0, row1);
+        for (int line = 0; line < kAhead; ++line) request(current_rows, line);
+      }
     }
     current = next;
   }
 
+  wait_for_copies<0>();
   if (arguments.gates) return;
-  for (int pass = threadIdx.x; pass < gate_passes; pass += kGateUpThreads)
-    store_release(arguments.masks + blockIdx.x * gate_passes + pass, wanted[pass] | kDone);
   if (threadIdx.x == 0) {
     const auto add = [&](int kind, int count) {
       atomicAdd(reinterpret_cast<unsigned long long*>(arguments.counters) + kind, static_cast<unsigned long long>(count));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <climits>
 #include <cstdint>
 
 #include "down.cuh"
@@ -18,10 +19,13 @@ struct Card {
 constexpr int kMaxRowTiles = 2;
 // The kernels count in 32 bits, products of block numbers among it.
 constexpr int64_t kMaxNeurons = int64_t{1} << 24;
+// Weights and their places are counted in chunks of 8 values, in 31 bits.
+constexpr int64_t kMaxChunks = INT_MAX;
 // Static shared memory of the first kernel, at most: partial sums and the queue.
-constexpr int kGateUpStaticBytes = 26 * 1024;
-// Tiles in a ring of the second kernel: deep where there is room for it.
-constexpr int kDeepStages = 3, kShallowStages = 2;
+constexpr int kGateUpStaticBytes = 22 * 1024;
+// Stages of the first kernel on their way, tiles in a ring of the second one: deep where there is room for it.
+constexpr int kDeepAhead = 4, kShallowAhead = 1;
+constexpr int kDeepStages = 5, kShallowStages = 2;
 
 inline int row_tiles(int64_t rows) { return rows <= 8 ? 1 : 2; }
 
@@ -30,23 +34,37 @@ constexpr Integer ceil_div(Integer value, Integer divisor) {
   return (value + divisor - 1) / divisor;
 }
 
+// Memory lines of each weight row that a warp of the first kernel takes, as the kernels are compiled for: x is in registers then.
+// 0: more of them, x is in shared memory.
+inline int lines_in_registers(int row_tiles, int64_t d_model) {
+  for (const int lines : {2, 3, 4, 5, 8})
+    if (lines <= (row_tiles == 1 ? 8 : 5) && d_model <= int64_t{lines} * kGateUpWarps * kLine) return lines;
+  return 0;
+}
+
 // Dynamic shared memory of the kernels, in bytes.
-inline int gate_up_shared_memory(int rows, int d_model) { return rows * x_stride_bytes(d_model); }
+inline int gate_up_shared_memory(int ahead, int lines, int rows, int d_model) {
+  const int stages = (lines > 0 ? std::min(ahead, lines) : ahead) + 1;
+  return kGateUpWarps * stages * kStageBytes + (lines > 0 ? 0 : rows * x_stride_bytes(d_model));
+}
 
 inline int down_shared_memory(int stages, int row_tiles, int neuron_capacity) {
-  return kDownWarps * stages * kTileBytes + neuron_capacity * (row_tiles * 16 + 4);
+  return kDownWarps * stages * kTileBytes + neuron_capacity * (row_tiles * 16 + 8);
 }
 
-// As many rows of x as fit into shared memory.
+// As many rows of x as fit into registers or shared memory.
 inline int most_rows(const Card& card, int64_t d_model) {
-  const int room = card.shared_memory - kGateUpStaticBytes;
-  if (d_model > room) return 0;  // not one row, and perhaps more than an int holds
-  return std::clamp(room / x_stride_bytes(static_cast<int>(d_model)), 0, 8 * kMaxRowTiles);
+  if (lines_in_registers(kMaxRowTiles, d_model)) return 8 * kMaxRowTiles;
+  const int in_registers = lines_in_registers(1, d_model) ? 8 : 0;
+  const int room = card.shared_memory - kGateUpStaticBytes - gate_up_shared_memory(kShallowAhead, 0, 0, 0);
+  if (d_model > room) return in_registers;  // not one row in shared memory, and perhaps more than an int holds
+  return std::clamp(room / x_stride_bytes(static_cast<int>(d_model)), in_registers, 8 * kMaxRowTiles);
 }
 
-// What the kernels can work on: most_rows, and as many neurons as they can count.
+// What the kernels can work on: most_rows, and as many neurons and weights as they can count.
 inline bool is_supported(const Card& card, const Shape& shape) {
-  return shape.rows > 0 && shape.rows <= most_rows(card, shape.d_model) && shape.d_ff <= kMaxNeurons;
+  return shape.rows > 0 && shape.rows <= most_rows(card, shape.d_model) && shape.d_ff <= kMaxNeurons &&
+         shape.d_ff * (shape.d_model / kChunk) <= kMaxChunks;
 }
 
 // For a supported shape: the grids, and where the scratch memory holds what, in bytes from its start.
@@ -54,7 +72,8 @@ struct Plan {
   Passes passes;              // of the first kernel, one block per multiprocessor unless there are very many neurons for them
   int column_groups, splits;  // of the second one, nearly as many blocks
   int neuron_capacity;        // of a split, at most
-  int stages;
+  int lines, ahead;           // of the first kernel
+  int stages;                 // of the second one
   int64_t masks = 0, h, shares, size;
 
   Plan(const Card& card, const Shape& shape) {
@@ -63,12 +82,15 @@ struct Plan {
     // blocks, some of which start when others have ended: no block waits for one that is not running yet.
     const int ring_bytes = down_shared_memory(kShallowStages, tiles, 0), pass_bytes = down_shared_memory(0, tiles, kPassRows);
     const int most_passes = (card.shared_memory - ring_bytes) / pass_bytes;
-    const int least_blocks = ceil_div(d_ff, std::min(most_passes, kMaxGatePasses) * kPassRows);
+    const int least_blocks = ceil_div(d_ff, most_passes * kPassRows);
     passes = Passes::deal_out(d_ff, std::max(std::min(card.multiprocessors, d_ff / 8), least_blocks));
     column_groups = ceil_div(d_model, kDownColumns);
     const int least_splits = ceil_div(passes.blocks, most_passes / passes.per_block);
     splits = std::clamp(card.multiprocessors / column_groups, least_splits, passes.blocks);
     neuron_capacity = ceil_div(passes.blocks, splits) * passes.per_block * kPassRows;
+    lines = lines_in_registers(tiles, shape.d_model);
+    const int rows = static_cast<int>(shape.rows), room = card.shared_memory - kGateUpStaticBytes;
+    ahead = gate_up_shared_memory(kDeepAhead, lines, rows, d_model) <= room ? kDeepAhead : kShallowAhead;
     stages = down_shared_memory(kDeepStages, tiles, neuron_capacity) <= card.shared_memory ? kDeepStages : kShallowStages;
 
     constexpr int64_t kAlignment = 256;

@@ -1,4 +1,5 @@
 // Launches the three kernels of the sparse path: gate and up, down, and the sum over the down kernel's blocks.
+#include <algorithm>
 #include <array>
 #include <mutex>
 
@@ -13,9 +14,8 @@ namespace prosparse::cuda {
 namespace {
 
 // Percent of the most shared memory a multiprocessor can have, the same for all three kernels: one that wants another division
-// waits until the kernel before has ended. On an H200 this gives 132 KB, and leaves about 120 KB to L1, which holds the loads in
-// flight: with the most shared memory the gate kernel takes 41 us instead of 28.
-constexpr int kSharedMemoryCarveout = 57;
+// waits until the kernel before has ended.
+constexpr int kSharedMemoryCarveout = 100;
 
 cudaError_t current_card(Card& card) {
   static std::mutex mutex;
@@ -46,18 +46,27 @@ cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared
   return launch_early(kernel, grid, dim3(threads), static_cast<size_t>(shared_memory), stream, arguments);
 }
 
+template <typename T, int kRowTiles, int kLines>
+cudaError_t launch_gate_up_lines(const Plan& plan, const GateUpArguments& arguments, cudaStream_t stream) {
+  constexpr int kDeep = kLines > 0 ? std::min(kDeepAhead, kLines) : kDeepAhead;
+  const auto kernel = plan.ahead == kDeepAhead ? gate_up_kernel<T, kLines, kRowTiles, kDeep>
+                                               : gate_up_kernel<T, kLines, kRowTiles, kShallowAhead>;
+  return launch(kernel, dim3(arguments.passes.blocks), kGateUpThreads,
+                gate_up_shared_memory(plan.ahead, kLines, arguments.rows, arguments.d_model), stream, arguments);
+}
+
 template <typename T, int kRowTiles>
-cudaError_t launch_gate_up(const GateUpArguments& arguments, cudaStream_t stream) {
-  // Requested ahead as far as registers allow, in steps that waste least of the last one.
-  const int lines = ceil_div(line_count(arguments.d_model), kGateUpWarps);
-  int ahead = 4;
-  for (const int fewer : {3, 2})
-    if (ceil_div(lines, fewer) * fewer < ceil_div(lines, ahead) * ahead) ahead = fewer;
-  const auto kernel = ahead == 4   ? gate_up_kernel<T, 4, kRowTiles>
-                      : ahead == 3 ? gate_up_kernel<T, 3, kRowTiles>
-                                   : gate_up_kernel<T, 2, kRowTiles>;
-  return launch(kernel, dim3(arguments.passes.blocks), kGateUpThreads, gate_up_shared_memory(arguments.rows, arguments.d_model),
-                stream, arguments);
+cudaError_t launch_gate_up(const Plan& plan, const GateUpArguments& arguments, cudaStream_t stream) {
+  switch (plan.lines) {
+    case 0: return launch_gate_up_lines<T, kRowTiles, 0>(plan, arguments, stream);
+    case 2: return launch_gate_up_lines<T, kRowTiles, 2>(plan, arguments, stream);
+    case 3: return launch_gate_up_lines<T, kRowTiles, 3>(plan, arguments, stream);
+    case 4: return launch_gate_up_lines<T, kRowTiles, 4>(plan, arguments, stream);
+    case 5: return launch_gate_up_lines<T, kRowTiles, 5>(plan, arguments, stream);
+    case 8:
+      if constexpr (kRowTiles == 1) return launch_gate_up_lines<T, kRowTiles, 8>(plan, arguments, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <typename T, int kRowTiles>
@@ -91,7 +100,7 @@ cudaError_t run(const Card& card, Call call) {
   GateUpArguments& first = call.first;
   first.passes = plan.passes, first.rows = static_cast<int>(call.shape.rows);
   first.d_model = static_cast<int>(call.shape.d_model), first.d_ff = static_cast<int>(call.shape.d_ff);
-  if (!call.y) return launch_gate_up<T, kRowTiles>(first, call.stream);
+  if (!call.y) return launch_gate_up<T, kRowTiles>(plan, first, call.stream);
 
   char* const base = static_cast<char*>(call.workspace);
   float* const shares = reinterpret_cast<float*>(base + plan.shares);
@@ -99,7 +108,7 @@ cudaError_t run(const Card& card, Call call) {
   const DownArguments second{first.masks,          first.h,    call.down_t,  shares, plan.passes,
                              plan.neuron_capacity, first.rows, first.d_model};
   const AddSharesArguments third{shares, call.y, plan.splits, first.rows, first.d_model};
-  PROSPARSE_TRY((launch_gate_up<T, kRowTiles>(first, call.stream)));
+  PROSPARSE_TRY((launch_gate_up<T, kRowTiles>(plan, first, call.stream)));
   PROSPARSE_TRY((launch_down<T, kRowTiles>(plan, second, call.stream)));
   return launch_add_shares<T>(third, call.stream);
 }
