@@ -28,7 +28,8 @@ from sparse_backend.prosparse.corpus import Corpus, read_mixture
 from sparse_backend.prosparse.evaluate import Measurement, combined
 from sparse_backend.prosparse.gated_ffn import gated_ffns
 from sparse_backend.prosparse.job import measure_domains, read_base, settings_of, weight_schedule
-from sparse_backend.prosparse.recipe import Recipe, add_recipe_arguments, recipe_from
+from sparse_backend.prosparse.recipe import Recipe
+from sparse_backend.prosparse.recipe_flags import add_recipe_arguments, recipe_from
 from sparse_backend.prosparse.report import draw_histories, markdown_table, plotting_is_possible, write_history
 from sparse_backend.prosparse.schedule import L1Schedule, Stage
 from sparse_backend.prosparse.tokens import Text

@@ -51,7 +51,8 @@ from sparse_backend.prosparse.command import add_shared_arguments, command_line,
 from sparse_backend.prosparse.corpus import Corpus, read_mixture
 from sparse_backend.prosparse.evaluate import Measurement, combined, measure
 from sparse_backend.prosparse.plan import plan
-from sparse_backend.prosparse.recipe import Recipe, add_recipe_arguments, recipe_from
+from sparse_backend.prosparse.recipe import Recipe
+from sparse_backend.prosparse.recipe_flags import add_recipe_arguments, recipe_from
 from sparse_backend.prosparse.report import FOLDER_NAME, write_report
 from sparse_backend.prosparse.schedule import L1Schedule, Stage
 from sparse_backend.prosparse.target import SparsityTarget

@@ -12,7 +12,8 @@ from sparse_backend.errors import UserError
 from sparse_backend.prosparse.checkpoints import load_tokenizer, save_pretraining, save_weights
 from sparse_backend.prosparse.command import add_shared_arguments, building, command_line, main, runtime_from
 from sparse_backend.prosparse.corpus import read_corpus
-from sparse_backend.prosparse.recipe import TrainingRecipe, add_flags, with_flags
+from sparse_backend.prosparse.recipe import TrainingRecipe
+from sparse_backend.prosparse.recipe_flags import add_flags, with_flags
 from sparse_backend.prosparse.tokens import read_text, train_tokenizer
 from sparse_backend.prosparse.trainer import train
 

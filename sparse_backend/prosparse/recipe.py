@@ -1,4 +1,4 @@
-"""What the offline job does, as one YAML file: its model, the checks before anything is loaded, and flags that override it.
+"""What the offline job does: the sections of its YAML file, and the checks before anything is loaded.
 
     description: ...
     extends: demo            # optional: a preset, whose sections are kept where this file says nothing
@@ -12,25 +12,15 @@
 Unknown keys are refused everywhere. λ, T_i and the steps are those of ProSparse (arXiv 2402.13516, Algorithm 1).
 """
 
-import argparse
-import difflib
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
-from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sparse_backend.errors import UserError
 from sparse_backend.prosparse.schedule import L1Schedule, Stage
-
-PRESET_FOLDER = Path(__file__).parent / "presets"
-DEFAULT_PRESET = "demo"
 
 # The source that is no path.
 STANDARD_LIBRARY = "stdlib"
@@ -39,11 +29,13 @@ STANDARD_LIBRARY = "stdlib"
 SWEEP = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe: unknown keys and numbers that are not finite are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Training(_Section):
+class Training(Section):
     """How a model is trained: AdamW, whose learning rate rises linearly, then follows its schedule."""
 
     context: int = Field(default=1024, ge=8, description="tokens in one training sequence")
@@ -101,7 +93,7 @@ class TrainingRecipe(Training):
         return -(-self.tokens // self.step_tokens)
 
 
-class Source(_Section):
+class Source(Section):
     """One source of documents; see ``sparse_backend.prosparse.corpus`` for what ``path`` may be."""
 
     path: str = Field(min_length=1, description="'stdlib', a folder, or a .jsonl, .parquet or text file")
@@ -112,7 +104,7 @@ class Source(_Section):
     text: str = Field(default="text", min_length=1, description="field or column that holds a record's text")
 
 
-class Data(_Section):
+class Data(Section):
     """A mixture of sources."""
 
     name: str = Field(default="", description="what the manifest calls the corpus; by default made from the sources")
@@ -132,7 +124,7 @@ class Data(_Section):
         return self
 
 
-class StageRecipe(_Section):
+class StageRecipe(Section):
     """One stage of Algorithm 1: λ reaches ``peak`` at its end; its length is given in steps or in tokens."""
 
     name: str = Field(default="", description="what the plan and the report call it")
@@ -147,7 +139,7 @@ class StageRecipe(_Section):
         return self
 
 
-class L1Recipe(_Section):
+class L1Recipe(Section):
     """What λ weighs. ProSparse leaves both open, so λ carries over between models only together with them."""
 
     reduction: Literal["mean_tokens_sum_dff", "sum", "mean"] = Field(
@@ -158,7 +150,7 @@ class L1Recipe(_Section):
     scale: float = Field(default=1.0, gt=0, description="constant factor of the norm: the loss gains λ * scale * L1")
 
 
-class ThresholdRecipe(_Section):
+class ThresholdRecipe(Section):
     """Step 3: which thresholds are tried, and what the chosen one may cost."""
 
     sweep: tuple[float, ...] = Field(default=SWEEP, min_length=1, description="thresholds to try, rising")
@@ -182,7 +174,7 @@ class ThresholdRecipe(_Section):
         return sweep
 
 
-class SftRecipe(_Section):
+class SftRecipe(Section):
     """Instruction tuning after the stages (ProSparse, appendix J): its own text, a fixed rate, a smaller fixed λ."""
 
     data: Data | None = Field(default=None, description="instruction data only")
@@ -208,7 +200,7 @@ class SftRecipe(_Section):
         return self.steps or -(-(self.tokens or 0) // (self.batch * self.context))
 
 
-class Shape(_Section):
+class Shape(Section):
     """The sizes of a model, in Hugging Face's names: what a plan reckons with."""
 
     hidden_size: int = Field(gt=0, description="d_model")
@@ -241,7 +233,7 @@ class Shape(_Section):
         return self.num_hidden_layers * layer + embeddings + d_model
 
 
-class Hardware(_Section):
+class Hardware(Section):
     """What a plan reckons with; a run takes the devices that it is given."""
 
     devices: int = Field(default=1, gt=0)
@@ -250,7 +242,7 @@ class Hardware(_Section):
     utilisation: float = Field(default=0.4, gt=0, le=1, description="share of them that training reaches")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """The whole job."""
 
     description: str = ""
@@ -354,234 +346,3 @@ class Recipe(_Section):
             {"name": stage.name, "peak": stage.peak, "tokens": end - begin}
             for stage, (begin, end) in zip(self.stages, pairwise(ends), strict=True)
         ]
-
-    def peaking_at(self, peak: float) -> Self:
-        """The same stages with λ scaled so that the last peak is ``peak``.
-
-        Raises:
-            UserError: the last peak is 0, so there is nothing to scale.
-        """
-        last = self.stages[-1].peak
-        if last == 0:
-            raise UserError(
-                "--l1 scales the λ of the recipe's stages, and all of them are 0. Set the peaks in a recipe."
-            )
-        stages = [stage.model_dump() | {"peak": stage.peak * peak / last} for stage in self.stages]
-        return _validated(type(self), self.model_dump() | {"stages": stages}, "--l1")
-
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-def presets() -> list[str]:
-    """The names of the recipes that come with the product."""
-    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
-
-
-def read_recipe(source: str) -> Recipe:
-    """A preset by its name, or a YAML file by its path; relative paths of its sources start at the file's folder.
-
-    Raises:
-        UserError: there is no such preset or file, or its content is no recipe; the text names file and key.
-    """
-    path = PRESET_FOLDER / f"{source}.yaml" if source in presets() else Path(source)
-    content = _read_yaml(path, source)
-    if (base := content.pop("extends", None)) is not None:
-        if base not in presets():
-            raise UserError(f"--recipe {source}: extends is {base!r}; it must be a preset: {', '.join(presets())}.")
-        content = _merged(_read_yaml(PRESET_FOLDER / f"{base}.yaml", base), content)
-    recipe = _validated(Recipe, content, f"--recipe {source}")
-    return recipe if path.parent == PRESET_FOLDER else _resolved(recipe, path.parent)
-
-
-class _Flags(_Section):
-    """The flags that stand for no single setting of a section, or for one of a section with few flags."""
-
-    tokens: int | None = Field(default=None, gt=0, description="stretch the stages to this many tokens in all")
-    l1: float | None = Field(default=None, ge=0, description="scale the stages' λ so that the last is this")
-    threshold_budget: float | None = Field(
-        default=None, ge=0, description=ThresholdRecipe.model_fields["budget"].description
-    )
-    target_sparsity: float | None = Field(
-        default=None, gt=0, lt=1, description=Recipe.model_fields["target_sparsity"].description
-    )
-    keep_held_out: bool | None = Field(default=None, description=Data.model_fields["keep_held_out"].description)
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--recipe`` and the flags that override single settings of it."""
-    parser.add_argument(
-        "--recipe",
-        default=DEFAULT_PRESET,
-        metavar="FILE",
-        help=f"YAML file with every setting, or a preset: {', '.join(presets())} (default: {DEFAULT_PRESET})",
-    )
-    add_flags(parser, _Flags, defaults="of the recipe")
-    add_flags(parser, Training, defaults="of the recipe")
-
-
-def recipe_from(args: argparse.Namespace, source: str | None = None) -> Recipe:
-    """The recipe named by ``--recipe``, with what the other flags (and ``--corpus``, ``--corpus-name``) replace.
-
-    Args:
-        args: the parsed flags.
-        source: a preset or file to read in place of that of ``--recipe``.
-
-    Raises:
-        UserError: as ``read_recipe``, or a flag is out of its range; the text names the flag.
-    """
-    source = source or args.recipe
-    recipe = read_recipe(source)
-    flags = with_flags(_Flags(), args)
-    settings = recipe.model_dump() | {"training": with_flags(recipe.training, args).model_dump()}
-    if flags.tokens is not None:
-        settings["stages"] = recipe.stretched_stages(flags.tokens)
-    if flags.threshold_budget is not None:
-        settings["threshold"]["budget"] = flags.threshold_budget
-    if flags.target_sparsity is not None:
-        settings["target_sparsity"] = flags.target_sparsity
-    settings["data"] = _data(recipe.data, getattr(args, "corpus", None), getattr(args, "corpus_name", None))
-    if flags.keep_held_out is not None and settings["data"] is not None:
-        settings["data"]["keep_held_out"] = flags.keep_held_out
-    given = f", stretched to --tokens {flags.tokens}" if flags.tokens is not None else ""
-    recipe = _validated(Recipe, settings, f"--recipe {source}{given}")
-    return recipe if flags.l1 is None else recipe.peaking_at(flags.l1)
-
-
-def _data(data: Data | None, corpus: str | None, name: str | None) -> dict[str, Any] | None:
-    settings = data.model_dump() if data is not None else {}
-    if corpus is not None:
-        # That a recipe's text may be passed on says nothing of another text.
-        settings |= {"sources": [{"path": corpus}], "name": "", "keep_held_out": False}
-    if name is not None and settings:
-        settings["name"] = name
-    return settings or None
-
-
-def add_flags(parser: argparse.ArgumentParser, section: type[BaseModel], defaults: str | None = None) -> None:
-    """Add one flag for each setting of ``section``; those not given are absent from the parsed namespace.
-
-    ``defaults`` says where the defaults come from if not from ``section`` itself.
-    """
-    group = parser.add_argument_group("training" if issubclass(section, Training) else "the recipe as a whole")
-    for name, field in section.model_fields.items():
-        kind: Any = field.annotation
-        if get_origin(kind) is UnionType:
-            kind = get_args(kind)[0]
-        text = f"{field.description} (default: {defaults or field.default})"
-        if kind is bool:
-            group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            choices = get_args(kind) if get_origin(kind) is Literal else None
-            group.add_argument(
-                _flag(name), type=str if choices else kind, choices=choices, default=argparse.SUPPRESS, help=text
-            )
-
-
-def with_flags(section: ModelT, args: argparse.Namespace) -> ModelT:
-    """``section`` with the settings given on the command line in place of its own.
-
-    Raises:
-        UserError: a setting is out of its range; the text names the flag.
-    """
-    given = {name: value for name, value in vars(args).items() if name in type(section).model_fields}
-    try:
-        return type(section).model_validate(section.model_dump() | given)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = f"{_flag(str(fault['loc'][0]))} is {fault['input']}: " if fault["loc"] else ""
-        raise UserError(f"{where}{_message(fault)}.") from None
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _validated(kind: type[ModelT], content: Any, where: str) -> ModelT:
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        # A misspelt key is also missing under its right name; the spelling is what helps.
-        fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-        key = ".".join(map(str, fault["loc"]))
-        if fault["type"] == "extra_forbidden":
-            names = _keys_beside(kind, fault["loc"][:-1])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), names, n=1)
-            advice = f"Did you mean {near[0]!r}?" if near else f"Known here are {', '.join(names)}."
-            raise UserError(f"{where}: unknown key {key!r}. {advice}") from None
-        if fault["type"] == "missing":
-            raise UserError(f"{where}: {key} is missing. Add it.") from None
-        given = "" if not key or isinstance(fault["input"], dict | list | tuple) else f" is {fault['input']!r}"
-        raise UserError(f"{where}: {key}{given}{': ' if key else ''}{_message(fault)}.") from None
-
-
-def _message(fault: ErrorDetails) -> str:
-    return fault["msg"].removeprefix("Value error, ")
-
-
-def _keys_beside(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """The keys known where an unknown one stands: the fields of the section at ``loc``, indices of lists left out."""
-    for name in loc:
-        if isinstance(name, str):
-            kind = next(section for section in _sections(kind.model_fields[name].annotation))
-    return list(kind.model_fields)
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections(argument)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-3 is a number, and a key that is there twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML reads, wants a dot and a sign in it: 1.0e-3.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(path: Path, source: str) -> dict[str, Any]:
-    try:
-        # _Loader is a SafeLoader: no tag of the file constructs anything but plain data.
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506
-    except FileNotFoundError:
-        raise UserError(
-            f"--recipe {source!r} is neither a file on this machine nor a preset: {', '.join(presets())}."
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"--recipe {source}: cannot be read as YAML: {error}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--recipe {source}: it must hold a mapping of settings, found {type(content).__name__}.")
-    return content
-
-
-def _merged(base: Any, own: Any) -> Any:
-    """``own`` over ``base``: mappings key by key, everything else whole."""
-    if isinstance(base, dict) and isinstance(own, dict):
-        return base | {key: _merged(base.get(key), value) for key, value in own.items()}
-    return own
-
-
-def _resolved(recipe: Recipe, folder: Path) -> Recipe:
-    def resolved(data: Data | None) -> Data | None:
-        if data is None:
-            return None
-        sources = tuple(
-            source if source.path == STANDARD_LIBRARY else source.model_copy(update={"path": str(folder / source.path)})
-            for source in data.sources
-        )
-        return data.model_copy(update={"sources": sources})
-
-    sft = None if recipe.sft is None else recipe.sft.model_copy(update={"data": resolved(recipe.sft.data)})
-    return recipe.model_copy(update={"data": resolved(recipe.data), "sft": sft})

@@ -10,7 +10,8 @@ import pytest
 from sparse_backend.errors import UserError
 from sparse_backend.prosparse.checkpoints import save_weights
 from sparse_backend.prosparse.plan import memory_per_device, operations_per_token, plan
-from sparse_backend.prosparse.recipe import Data, Recipe, Source, TrainingRecipe, read_recipe
+from sparse_backend.prosparse.recipe import Data, Recipe, Source, TrainingRecipe
+from sparse_backend.prosparse.recipe_file import read_recipe
 from tests.checkpoints import edit_config
 from tests.prosparse.models import random_llama
 from tests.prosparse.test_recipe import PAPER

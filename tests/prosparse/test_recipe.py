@@ -7,14 +7,9 @@ import yaml
 
 from sparse_backend.errors import UserError
 from sparse_backend.prosparse import pretrain
-from sparse_backend.prosparse.recipe import (
-    Recipe,
-    TrainingRecipe,
-    add_recipe_arguments,
-    presets,
-    read_recipe,
-    recipe_from,
-)
+from sparse_backend.prosparse.recipe import Recipe, TrainingRecipe
+from sparse_backend.prosparse.recipe_file import presets, read_recipe
+from sparse_backend.prosparse.recipe_flags import add_recipe_arguments, recipe_from
 
 MINIMAL: dict[str, Any] = {"stages": [{"peak": 0, "steps": 10}, {"peak": 1e-4, "steps": 90}]}
 
