@@ -141,7 +141,30 @@ def held_out_documents(source: str) -> list[str]:
     return read_corpus(source).held_out
 
 
+def read_documents(source: str) -> list[str]:
+    """Texts of all documents of one source, none held out.
+
+    Raises:
+        UserError: the source does not exist, cannot be read or holds no text.
+    """
+    return [document.text for document in _read_source(Source(path=source))[1]]
+
+
 def _read_domain(source: Source, held_out_share: float) -> Domain:
+    default_name, documents = _read_source(source)
+    domain = Domain(source.name or default_name, tuple(documents), held_out_share, source.weight)
+    for split, texts in (("training", domain.training), ("held-out", domain.held_out)):
+        if not texts:
+            raise UserError(
+                f"Corpus {source.path!r} has {len(documents)} documents, none of which falls into the {split} split."
+                f" The split is by document, {held_out_share:.0%} held out. Add documents: {round(4 / held_out_share)} make"
+                " this unlikely."
+            )
+    return domain
+
+
+def _read_source(source: Source) -> tuple[str, list[Document]]:
+    """The name a source has by itself, and its documents that are not blank, in the order of their paths."""
     path = Path(source.path)
     if source.path == STANDARD_LIBRARY:
         default_name = f"Python {platform.python_version()} standard library"
@@ -167,20 +190,12 @@ def _read_domain(source: Source, held_out_share: float) -> Domain:
                 f"Corpus {source.path!r}: the name or the text of {document.path!r} is not valid Unicode. Rename or mend it,"
                 " or leave it out."
             ) from None
-    domain = Domain(source.name or default_name, tuple(documents), held_out_share, source.weight)
     if not documents:
         raise UserError(
             f"Corpus {source.path!r} holds no text. Folders are searched for"
             f" {', '.join(sorted(TEXT_SUFFIXES | _RECORD_READERS.keys()))} files."
         )
-    for split, texts in (("training", domain.training), ("held-out", domain.held_out)):
-        if not texts:
-            raise UserError(
-                f"Corpus {source.path!r} has {len(documents)} documents, none of which falls into the {split} split."
-                f" The split is by document, {held_out_share:.0%} held out. Add documents: {round(4 / held_out_share)} make"
-                " this unlikely."
-            )
-    return domain
+    return default_name, documents
 
 
 def _stdlib_documents(root: Path) -> Iterator[Document]:

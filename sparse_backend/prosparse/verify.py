@@ -1,7 +1,6 @@
 """Repeating the measurement that a checkpoint's manifest records: held-out loss and sparsity, on this machine."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def verify(checkpoint: Checkpoint, source: str | None = None) -> Verification:
     manifest = checkpoint.manifest
     if manifest is None:
         raise UserError(f"{checkpoint.folder} has no manifest, so there is nothing to verify. Leave out --verify.")
-    texts = _held_out(checkpoint.folder, manifest, source)
+    texts = held_out_texts(checkpoint, source)
     modeling.register()
     transformers.utils.logging.disable_progress_bar()
     model = load_model(checkpoint.folder, torch.bfloat16)
@@ -81,8 +80,19 @@ def verify(checkpoint: Checkpoint, source: str | None = None) -> Verification:
     return Verification(measured.loss, measured.mean_sparsity, manifest.held_out.loss, manifest.held_out.sparsity)
 
 
-def _held_out(folder: Path, manifest: Manifest, source: str | None) -> Mapping[str, list[str]]:
-    """The held-out documents by domain."""
+def held_out_texts(checkpoint: Checkpoint, source: str | None = None) -> dict[str, list[str]]:
+    """The text a checkpoint was measured on, by domain: what its folder holds, else the held-out part of ``source``.
+
+    Args:
+        checkpoint: with a manifest.
+        source: the corpus it was made with; by default, this Python's standard library.
+
+    Raises:
+        UserError: there is no manifest, the text in the folder was changed, or the corpus is another.
+    """
+    folder, manifest = checkpoint.folder, checkpoint.manifest
+    if manifest is None:
+        raise UserError(f"{folder} has no manifest, which would say what text was held out.")
     path = folder / HELD_OUT_NAME
     if path.is_file():
         if sha256_of(path) != manifest.held_out.text_sha256:

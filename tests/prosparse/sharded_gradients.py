@@ -1,9 +1,8 @@
-"""Under torchrun: the regulariser's gradient in FSDP2 (``fully_shard``) against the same model whole.
+"""Under torchrun: the regulariser's gradient in FSDP2 (``fully_shard``) against the same model whole,
+without and with gradient checkpointing.
 
-python -m torch.distributed.run --nproc-per-node 2 -m tests.prosparse.sharded_gradients plain|recompute
+python -m torch.distributed.run --nproc-per-node 2 -m tests.prosparse.sharded_gradients
 """
-
-import sys
 
 import torch
 from torch import distributed
@@ -39,12 +38,14 @@ def gradients(sharded: bool, recompute: bool, tokens: torch.Tensor) -> dict[str,
 if __name__ == "__main__":
     distributed.init_process_group("gloo")
     batch = random_tokens(4, 16)
+    whole = gradients(False, False, batch)
     # Each process has its share of the batch; FSDP averages over the processes, as a mean over the batch does.
-    found = gradients(
-        True, sys.argv[1] == "recompute", batch.chunk(distributed.get_world_size())[distributed.get_rank()]
-    )
-    for name, expected in gradients(False, False, batch).items():
-        torch.testing.assert_close(found[name], expected, msg=lambda text, name=name: f"{name}: {text}")
+    share = batch.chunk(distributed.get_world_size())[distributed.get_rank()]
+    for recompute in (False, True):
+        found = gradients(True, recompute, share)
+        for name, expected in whole.items():
+            where = f"{name}, {'recomputed' if recompute else 'plain'}"
+            torch.testing.assert_close(found[name], expected, msg=lambda text, where=where: f"{where}: {text}")
     distributed.barrier()
     if distributed.get_rank() == 0:
         print("gradients agree")
