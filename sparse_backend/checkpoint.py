@@ -51,6 +51,7 @@ class CorpusRecord(_Record):
     sha256: str = Field(description="SHA-256 over all documents, training and held-out, in order")
     documents: int
     held_out_documents: int
+    held_out_share: float | None = Field(default=None, description="share of the documents that was to be held out")
     train_tokens: int = Field(description="tokens in the training split, each counted once")
     held_out_tokens: int
 
@@ -82,6 +83,9 @@ class DomainRecord(_Record):
     """The same for the held-out documents of one domain of the corpus."""
 
     name: str
+    weight: float | None = Field(
+        default=None, description="share of the training tokens, relative to other domains'; none: by length"
+    )
     tokens: int
     loss: float
     base_loss: float

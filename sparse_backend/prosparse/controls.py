@@ -34,7 +34,7 @@ from sparse_backend.prosparse.report import draw_histories, markdown_table, plot
 from sparse_backend.prosparse.schedule import L1Schedule, Stage
 from sparse_backend.prosparse.tokens import Text
 from sparse_backend.prosparse.trainer import L1Weight, Runtime, train
-from sparse_backend.prosparse.workspace import Workspace, opened, write_json
+from sparse_backend.prosparse.workspace import Workspace, check_absent, opened, write_json
 
 NAME = "controls"
 DESCRIPTION = (
@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if check_base(args.base) == "relu":
         raise UserError(f"BASE {str(args.base)!r} computes ReLU already: there is no dense model to compare with.")
+    check_absent(args.out)
     with ExitStack() as stack:
         if not runtime.is_first:
             stack.enter_context(redirect_stdout(stack.enter_context(Path(devnull).open("w"))))

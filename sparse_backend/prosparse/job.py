@@ -60,7 +60,7 @@ from sparse_backend.prosparse.threshold import SweepPoint
 from sparse_backend.prosparse.tokens import Text, read_text
 from sparse_backend.prosparse.trainer import L1Weight, Runtime, TrainingRun, train
 from sparse_backend.prosparse.verify import HELD_OUT_NAME, write_held_out
-from sparse_backend.prosparse.workspace import Workspace, opened
+from sparse_backend.prosparse.workspace import Workspace, check_absent, opened
 
 NAME = "sparsify"
 DESCRIPTION = "Make a dense model sparse: ReLU, L1 regularisation, activation threshold (ProSparse)."
@@ -99,6 +99,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("BASE and OUT are needed: the dense model's folder, and the folder to create.")
     runtime = runtime_from(args)
     check_base(args.base)
+    check_absent(args.out)
+    if args.stop_after == "relu" and weight_schedule(recipe).relu_steps == 0:
+        raise UserError(
+            "--stop-after relu: the recipe has no stage with λ = 0 to stop after. Add one, or leave the flag out."
+        )
     with ExitStack() as stack:
         if not runtime.is_first:
             stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
@@ -126,6 +131,9 @@ def settings_of(base: Path, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
     return {
         "base": hash_files(base),
         "corpus": corpus.sha256,
+        # The hash is over the documents: not over their split, nor over their mixture.
+        "held_out": {domain.name: domain.held_out_share for domain in corpus.domains},
+        "weights": {domain.name: domain.weight for domain in corpus.domains},
         "recipe": recipe.model_dump(mode="json", exclude={"description", "model", "hardware", "threshold", "data"}),
     }
 
@@ -181,6 +189,7 @@ def sparsify(
     model = load_model(folder, torch.bfloat16).to(runtime.device)
     measured = measure_domains(model, text)
     whole = combined(list(measured.values()))
+    weights = {domain.name: domain.weight for domain in corpus.domains}
     manifest = Manifest(
         command=command_line(NAME),
         architecture=architecture,
@@ -191,6 +200,7 @@ def sparsify(
             sha256=corpus_sha256,
             documents=len(corpus.documents),
             held_out_documents=len(corpus.held_out),
+            held_out_share=corpus.domains[0].held_out_share,
             train_tokens=text.train_tokens,
             held_out_tokens=whole.tokens,
         ),
@@ -209,6 +219,7 @@ def sparsify(
         domains=[
             DomainRecord(
                 name=name,
+                weight=weights[name],
                 tokens=part.tokens,
                 loss=round(part.loss, 4),
                 base_loss=round(found.losses[name], 4),

@@ -11,9 +11,9 @@ from sparse_backend.checkpoint import Checkpoint, Manifest, sha256_of
 from sparse_backend.errors import UserError
 from sparse_backend.prosparse import modeling
 from sparse_backend.prosparse.checkpoints import load_model, load_tokenizer
-from sparse_backend.prosparse.corpus import Corpus, read_corpus
+from sparse_backend.prosparse.corpus import HELD_OUT_SHARE, Corpus, read_mixture
 from sparse_backend.prosparse.evaluate import combined, measure
-from sparse_backend.prosparse.recipe import STANDARD_LIBRARY
+from sparse_backend.prosparse.recipe import STANDARD_LIBRARY, Data, Source
 from sparse_backend.prosparse.tokens import HeldOutBlocks, token_stream
 
 HELD_OUT_NAME = "held_out.jsonl"
@@ -102,7 +102,8 @@ def held_out_texts(checkpoint: Checkpoint, source: str | None = None) -> dict[st
             record = json.loads(line)
             texts.setdefault(record["domain"], []).append(record["text"])
         return texts
-    corpus = read_corpus(source or STANDARD_LIBRARY)
+    share = manifest.corpus.held_out_share or HELD_OUT_SHARE
+    corpus = read_mixture(Data(sources=(Source(path=source or STANDARD_LIBRARY),), held_out=share))
     if corpus.sha256 != manifest.corpus.sha256:
         if source is None:
             raise UserError(

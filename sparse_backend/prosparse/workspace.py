@@ -77,6 +77,18 @@ class Workspace:
         )
 
 
+def check_absent(out: Path) -> None:
+    """Refuse an output folder that is there, before anything is read that takes minutes.
+
+    Raises:
+        UserError: it exists.
+    """
+    if out.is_symlink() or out.exists():
+        raise UserError(
+            f"OUT {str(out)!r} exists already. Nothing is overwritten: name another folder, or delete this one first."
+        )
+
+
 @contextmanager
 def opened(out: Path, settings: Mapping[str, Any], *, is_writer: bool = True) -> Iterator[Workspace]:
     """The work folder of the run that makes ``out``, new or as an earlier process left it.
@@ -94,10 +106,7 @@ def opened(out: Path, settings: Mapping[str, Any], *, is_writer: bool = True) ->
     """
     partial = out.with_name(out.name + ".partial") if out.name else out
     try:
-        if out.is_symlink() or out.exists():
-            raise UserError(
-                f"OUT {str(out)!r} exists already. Nothing is overwritten: name another folder, or delete this one first."
-            )
+        check_absent(out)
         if not is_writer:
             yield Workspace(partial, out, is_writer=False)
             return

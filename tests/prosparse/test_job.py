@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_backend.checkpoint import Checkpoint, Manifest, sha256_of
 from sparse_backend.prosparse import job, modeling, pretrain
-from sparse_backend.prosparse.corpus import read_corpus
+from sparse_backend.prosparse.corpus import read_corpus, read_mixture
 from sparse_backend.prosparse.evaluate import measure
+from sparse_backend.prosparse.recipe import Data, Source
+from sparse_backend.prosparse.recipe_file import read_recipe
 from sparse_backend.prosparse.tokens import read_text
 from tests.checkpoints import edit_config
 from tests.prosparse.jobs import World, command
@@ -304,3 +307,30 @@ def test_existing_output_is_refused_by_the_module_itself_without_a_traceback(wor
     assert finished.stderr.startswith("prosparse: error: OUT")
     assert "Traceback" not in finished.stderr
     assert sha256_of(made / "prosparse.json") == before
+
+
+def test_existing_output_is_refused_before_any_text_is_read(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(job, world.base, tmp_path, "--corpus", "no/such/place", *RUN) == 2
+    assert f"OUT {str(tmp_path)!r} exists already" in capsys.readouterr().err
+
+
+def test_stop_after_a_step_that_the_recipe_does_not_have_is_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages: [{peak: 1e-3, steps: 4}]")
+    arguments = ["--recipe", recipe, "--corpus", world.corpus, "--stop-after", "relu"]
+    assert command(job, world.base, tmp_path / "out", *arguments) == 2
+    assert "--stop-after relu: the recipe has no stage with λ = 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"held_out": 0.5}, {"sources": {"weight": 2.0}}], ids=["split", "mixture"])
+def test_a_run_with_another_split_or_mixture_is_another_run(world: World, change: dict[str, Any]) -> None:
+    def settings(held_out: float = 0.2, sources: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = Data(held_out=held_out, sources=(Source(path=str(world.corpus), **(sources or {})),))
+        return job.settings_of(world.base, read_mixture(data), read_recipe("demo"))
+
+    assert settings() == settings()
+    assert settings() != settings(**change)
