@@ -60,6 +60,12 @@ def check_base(folder: Path) -> str:
         )
     if config.get("mlp_bias"):
         raise UserError(f"BASE {str(folder)!r} has mlp_bias set; feed-forward layers with biases are not supported.")
+    for name in ("vocab_size", "max_position_embeddings"):
+        if not isinstance(config.get(name), int):
+            raise UserError(
+                f"BASE {str(folder)!r}: {name} in its config.json is {config.get(name)!r}, and must be a whole number. Copy the"
+                " model again, or add what its authors give."
+            )
     if config.get("quantization_config"):
         raise UserError(
             f"BASE {str(folder)!r} is quantised (quantization_config), and quantised weights cannot be trained. Give the"

@@ -24,11 +24,12 @@ from transformers import PreTrainedTokenizerBase
 
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
+from sparse_backend.prosparse import modeling
 from sparse_backend.prosparse.checkpoints import load_tokenizer
 from sparse_backend.prosparse.corpus import read_documents
 from sparse_backend.prosparse.verify import held_out_texts
 
-# The harness' own variable for keys, and that of OpenAI's clients.
+# That of OpenAI's clients, and of the harness.
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 # Prompts in one HTTP request; the server batches them with whatever else it serves.
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {str(args.out)!r} {fault}. Name another file.")
     require_harness()
     checkpoint = Checkpoint.open(args.folder)
-    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config["vocab_size"])
+    modeling.register()
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.get("vocab_size"))
     if args.tasks is None:
         texts = (
             held_out_texts(checkpoint, args.corpus)
@@ -139,10 +141,9 @@ def find_server(url: str) -> RunningServer:
     Raises:
         UserError: it does not answer, wants another key, or does not serve a model yet.
     """
-    key = os.environ.get(KEY_VARIABLE, "")
     models = url.rstrip("/") + "/v1/models"
     try:
-        response = httpx.get(models, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+        response = httpx.get(models, headers=_headers(), timeout=30)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UserError(
             f"--url {url!r}: no server answers there ({error}). Start one: prosparse serve FOLDER."
@@ -158,6 +159,11 @@ def find_server(url: str) -> RunningServer:
             f"{models} answers with status {response.status_code} and no served model: {response.text[:200]!r}. Wait until"
             " the server is ready, or correct --url."
         ) from None
+
+
+def _headers() -> dict[str, str]:
+    # A server without keys looks at none; an empty one is no valid header.
+    return {"Authorization": f"Bearer {os.environ.get(KEY_VARIABLE) or 'none'}"}
 
 
 def held_out_tasks(texts: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -247,6 +253,7 @@ def evaluate(
                 "tokenizer": str(tokenizer),
                 "tokenizer_backend": "huggingface",
                 "max_length": server.context,
+                "header": _headers(),
             },
             tasks=list(tasks),
             batch_size=_PROMPTS_PER_REQUEST,

@@ -50,7 +50,7 @@ def server(checkpoint: Path) -> Iterator[Server]:
         server.close()
 
 
-def test_completion(server: Server) -> None:
+def test_completion(server: Server, checkpoint: Path) -> None:
     with openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0, timeout=60) as client:
         model = client.models.list().data[0].id
         completion = client.completions.create(model=model, prompt="def compute_", max_tokens=8, temperature=0)

@@ -175,6 +175,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["pretraining.json", "steps", "Restore the file"],
     ),
     "biases": (lambda f: edit_config(f, mlp_bias=True), ["mlp_bias"]),
+    "no vocabulary size": (lambda f: edit_config(f, vocab_size=None), ["vocab_size", "whole number"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["safetensors"]),
     "weights of another shape": (lambda f: edit_config(f, intermediate_size=128), ["cannot be loaded"]),
     "truncated weights": (lambda f: _truncate(f / "model.safetensors"), ["cannot be loaded"]),
