@@ -61,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--tasks", metavar="TASK", nargs="+", help="run tasks of the harness instead; most download their data"
     )
-    parser.add_argument("--include-path", metavar="FOLDER", help="with --tasks, a folder of further task files (YAML)")
+    parser.add_argument(
+        "--include-path",
+        metavar="FOLDER",
+        help="with --tasks, a folder of task files (YAML), in place of the harness' own",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each domain or task")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result to this file, as JSON")
 
@@ -178,6 +182,8 @@ def held_out_tasks(texts: Mapping[str, Sequence[str]], tokenizer: PreTrainedToke
 def _held_out_task(
     number: int, name: str, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
+    from datasets import Dataset
+
     tokens = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     rows = [
         {"text": text, "tokens": len(ids), "bytes": len(text.encode())}
@@ -191,7 +197,7 @@ def _held_out_task(
     return {
         "task": f"held_out_{number}",
         "task_alias": name,
-        "custom_dataset": lambda **_: {"test": rows},
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
         "test_split": "test",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
@@ -224,7 +230,7 @@ def evaluate(
         tokenizer: folder of the served model's tokenizer; requests carry token ids.
         tasks: names, or tasks as dicts.
         limit: documents of each task, from the first.
-        include: folder of task files that names may refer to, beside the harness' own.
+        include: folder of the task files that names refer to; None for the harness' own.
 
     Returns:
         For each task its number of ``samples`` and its metrics; ``METRIC_stderr`` where the harness gives one.
@@ -238,11 +244,11 @@ def evaluate(
     # Its warnings speak of its own command line.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [task for task in tasks if isinstance(task, str)]
-    # Its own tasks are thousands of files to index.
-    manager = TaskManager(include_path=include, include_defaults=bool(names))
+    # Its own tasks are thousands of files, which take half a minute to index.
+    manager = TaskManager(include_path=include, include_defaults=bool(names) and include is None)
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise UserError(
-            f"--tasks: the harness knows no {', '.join(unknown)}. Give --include-path for tasks of your own."
+            f"--tasks: the harness knows no {', '.join(unknown)}. For tasks of your own, give their folder: --include-path."
         )
     try:
         found = lm_eval.simple_evaluate(
