@@ -81,7 +81,7 @@ def test_tasks_of_a_folder(server: Server, text: Path, tmp_path: Path, monkeypat
         (["--limit", "0"], "--limit is 0"),
         (["--include-path", "tasks"], "--tasks"),
         (["--out", "absent/result.json"], "absent/result.json"),
-        (["--tasks", "no_such_task_of_the_harness"], "no_such_task_of_the_harness"),
+        (["--tasks", "no_such_task_of_the_harness", "--include-path", str(DEMO)], "no_such_task_of_the_harness"),
     ],
 )
 def test_mistakes(server: Server, arguments: list[str], expected: str, capsys) -> None:
