@@ -28,7 +28,7 @@ int max_rows(Dtype dtype, int64_t d_model);
 size_t sparse_ffn_workspace(Dtype dtype, const Shape& shape);
 
 // y [rows, d_model] = (gate * active * up) @ down_t; gate and up = x @ gate_up^T, accumulated in float32. Deterministic. 1 to
-// max_rows rows, d_ff up to 2^24; anything else is cudaErrorInvalidValue.
+// max_rows rows, d_ff up to 2^24, d_ff * d_model below 2^34; anything else is cudaErrorInvalidValue.
 //   is_padding [rows]: rows to leave out, whose y becomes 0; may be null.
 //   counters [4]: this call's rows, active neurons, union neurons and 1 step are added.
 cudaError_t launch_sparse_ffn(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, const void* down_t,
