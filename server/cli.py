@@ -37,6 +37,8 @@ COMMANDS = {
     "inspect": Command("sparse_backend.inspect", "show what a checkpoint folder says of itself"),
     "pretrain": Command("sparse_backend.prosparse.pretrain", "train a small dense model from text"),
     "sparsify": Command("sparse_backend.prosparse.job", "turn a dense model into a ProSparse checkpoint"),
+    "controls": Command("sparse_backend.prosparse.controls", "train the paper's control runs beside ProSparse"),
+    "eval": Command("sparse_backend.prosparse.harness", "evaluate a running server with lm-evaluation-harness"),
     "build": Command("sparse_backend.ffn.build", "compile the native kernels for this machine"),
     "paths": Command("sparse_backend.bench.paths", "show up to how many rows the sparse path wins on this machine"),
     "bench ffn": Command("sparse_backend.bench.ffn", "time one feed-forward layer, sparse against dense"),

@@ -51,6 +51,7 @@ class CorpusRecord(_Record):
     sha256: str = Field(description="SHA-256 over all documents, training and held-out, in order")
     documents: int
     held_out_documents: int
+    held_out_share: float | None = Field(default=None, description="share of the documents that was to be held out")
     train_tokens: int = Field(description="tokens in the training split, each counted once")
     held_out_tokens: int
 
@@ -74,6 +75,21 @@ class HeldOutRecord(_Record):
     sparsity: float = Field(
         description="exact zeros in relu(gate)*up, mean over tokens, neurons and layers", ge=0, le=1
     )
+    context: int | None = Field(default=None, description="tokens in one measured sequence")
+    text_sha256: str | None = Field(default=None, description="SHA-256 of held_out.jsonl, where the folder holds it")
+
+
+class DomainRecord(_Record):
+    """The same for the held-out documents of one domain of the corpus."""
+
+    name: str
+    weight: float | None = Field(
+        default=None, description="share of the training tokens, relative to other domains'; none: by length"
+    )
+    tokens: int
+    loss: float
+    base_loss: float
+    sparsity: float = Field(ge=0, le=1)
 
 
 class LayerRecord(_Record):
@@ -98,6 +114,7 @@ class Manifest(_Record):
     versions: dict[str, str]
     device: str
     held_out: HeldOutRecord
+    domains: list[DomainRecord] = []
     layers: list[LayerRecord]
     files: dict[str, str] = Field(description="SHA-256 of every other file of the folder that is loaded, by name")
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("folder", metavar="FOLDER", help="checkpoint folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="measure held-out loss and sparsity again, on the CPU; status 1 if they are not the manifest's",
+    )
+    parser.add_argument(
+        "--corpus",
+        metavar="SOURCE",
+        help="with --verify, the corpus the checkpoint was made with, where its folder does not hold the held-out text"
+        " (default: stdlib)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,7 +38,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the server would refuse the folder.
     """
-    summary = summarise(Checkpoint.open(args.folder))
+    checkpoint = Checkpoint.open(args.folder)
+    if args.verify:
+        return _verify(checkpoint, args)
+    summary = summarise(checkpoint)
     if args.json:
         print(json.dumps(summary, indent=2))
     else:
@@ -35,6 +50,20 @@ def run(args: argparse.Namespace) -> int:
         width = None if sys.stdout.isatty() else 100
         _print(summary, Console(highlight=False, markup=False, emoji=False, width=width))
     return 0
+
+
+def _verify(checkpoint: Checkpoint, args: argparse.Namespace) -> int:
+    # Imported here: it takes torch and transformers, which a look at the manifest does not.
+    from sparse_backend.prosparse.verify import verify
+
+    found = verify(checkpoint, args.corpus)
+    if args.json:
+        print(json.dumps(asdict(found) | {"agrees": found.agrees}, indent=2))
+    else:
+        print(f"held-out loss  {found.loss:.4f} measured, {found.recorded_loss:.4f} in the manifest")
+        print(f"sparsity       {found.sparsity:.2%} measured, {found.recorded_sparsity:.2%} in the manifest")
+        print("They agree." if found.agrees else "They differ by more than rounding explains.")
+    return 0 if found.agrees else 1
 
 
 def summarise(checkpoint: Checkpoint) -> dict[str, Any]:

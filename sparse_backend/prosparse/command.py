@@ -1,6 +1,7 @@
 """What the room's two commands share: flags, their effect on the process, and running as a module."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -15,14 +16,14 @@ from sparse_backend.errors import UserError
 from sparse_backend.prosparse.trainer import Runtime
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+def add_shared_arguments(parser: argparse.ArgumentParser, corpus_required: bool = True) -> None:
     """Flags for the corpus, the device and the progress lines."""
     parser.add_argument(
         "--corpus",
-        required=True,
+        required=corpus_required,
         metavar="SOURCE",
-        help="text to train on: 'stdlib' (this Python's standard library), a folder of text files, a .jsonl file (in "
-        "each line text and, optionally, path) or a text file",
+        help="text to train on: 'stdlib' (this Python's standard library), a folder, a .jsonl or .parquet file (text and, "
+        "optionally, path in each record) or a text file" + ("" if corpus_required else "; in place of the recipe's"),
     )
     parser.add_argument(
         "--corpus-name", metavar="NAME", help="what the manifest calls the corpus (default: made from SOURCE)"
@@ -37,6 +38,13 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--progress-every", type=int, default=50, metavar="STEPS", help="steps between progress lines (50)"
     )
+    parser.add_argument(
+        "--save-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="steps between checkpoints from which a killed run goes on (0, the default: about every ten minutes)",
+    )
 
 
 def runtime_from(args: argparse.Namespace) -> Runtime:
@@ -47,20 +55,24 @@ def runtime_from(args: argparse.Namespace) -> Runtime:
     """
     if args.progress_every < 1:
         raise UserError(f"--progress-every is {args.progress_every}: it must be at least 1.")
+    if args.save_every < 0:
+        raise UserError(f"--save-every is {args.save_every}: it must be 0 or more.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device is cuda, but torch finds no usable NVIDIA GPU here. Take --device cpu, or install a CUDA torch."
         )
     use_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    if use_gpu and torch.cuda.device_count() > 1:
+    local_rank = int(os.environ.get("LOCAL_RANK", "-1"))
+    if use_gpu and torch.cuda.device_count() > 1 and local_rank < 0:
         # The Trainer would split every batch over all of them, through threads of this process.
         raise UserError(
-            f"torch sees {torch.cuda.device_count()} GPUs and this job computes on one. Choose it: set"
-            " CUDA_VISIBLE_DEVICES=0."
+            f"torch sees {torch.cuda.device_count()} GPUs and this process computes on one. Choose it, CUDA_VISIBLE_DEVICES=0,"
+            f" or take all: torchrun --nproc-per-node {torch.cuda.device_count()} -m sparse_backend.prosparse.job …"
         )
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    return Runtime(torch.device("cuda" if use_gpu else "cpu"), args.compile, args.progress_every)
+    device = torch.device("cuda", max(0, local_rank)) if use_gpu else torch.device("cpu")
+    return Runtime(device, args.compile, args.progress_every, args.save_every)
 
 
 def command_line(name: str) -> str:

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparse_backend.prosparse.gated_ffn import gated_ffns
 
-# ProSparse (arXiv 2402.13516, eq. 2) leaves the reduction open; with this one λ is independent of batch and context.
-L1_REDUCTION = "mean over tokens of the sum over d_ff, summed over layers"
+# ProSparse (arXiv 2402.13516, eq. 2) sums over layers and leaves the reduction within one open. With the first of these,
+# λ is independent of batch and context; with "sum" it depends on the number of tokens in one forward pass.
+Reduction = Literal["mean_tokens_sum_dff", "sum", "mean"]
 
 
 class ActivationL1:
@@ -18,7 +20,8 @@ class ActivationL1:
     It reads x1 as the input of down_proj, through a forward pre-hook, so it works on any gated feed-forward layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, reduction: Reduction = "mean_tokens_sum_dff", scale: float = 1.0) -> None:
+        self._reduction, self._scale = reduction, scale
         self.counting = False
         """Also count the zeros of x1."""
         # The hooks read this flag and not λ, whose every value would compile a compiled model anew.
@@ -32,11 +35,16 @@ class ActivationL1:
         x1 = inputs[0]
         if self._penalising and torch.is_grad_enabled():
             # Gradient checkpointing runs this again in the backward pass: it must compute the same, but not collect it.
-            norm = torch.linalg.vector_norm(x1, ord=1, dtype=torch.float32) / (x1.numel() // x1.shape[-1])
+            norm = torch.linalg.vector_norm(x1, ord=1, dtype=torch.float32) * self._factor(x1)
             if self._collecting:
                 self._norms.append(norm)
         if self.counting and self._collecting:
             self._zero_shares.append((x1.detach() == 0).mean(dtype=torch.float32))
+
+    def _factor(self, x1: Tensor) -> float:
+        if self._reduction == "sum":
+            return self._scale
+        return self._scale / (x1.numel() if self._reduction == "mean" else x1.numel() // x1.shape[-1])
 
     @contextmanager
     def collecting(self, penalise: bool) -> Iterator[None]:
@@ -49,14 +57,14 @@ class ActivationL1:
             self._collecting = False
 
     def take_norm(self) -> Tensor:
-        """The collected norm, to be weighted by λ: a float32 scalar, reduced as ``L1_REDUCTION`` says."""
+        """The collected norm, to be weighted by λ: reduced within each layer, scaled, summed over layers; float32 scalar."""
         norms, self._norms = self._norms, []
         return torch.stack(norms).sum()
 
-    def take_sparsity(self) -> float:
-        """Share of exact zeros in x1, mean over layers and the counted forward passes since the last call."""
+    def take_sparsity(self) -> Tensor:
+        """Share of exact zeros in x1, mean over layers and the counted forward passes since the last call: a scalar."""
         shares, self._zero_shares = self._zero_shares, []
-        return torch.stack(shares).mean().item()
+        return torch.stack(shares).mean()
 
     def remove(self) -> None:
         """Take the hooks off the model."""

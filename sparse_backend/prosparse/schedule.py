@@ -51,20 +51,3 @@ class L1Schedule:
         progress = (step - before.end) / (stage.end - before.end)
         rise = (math.sin(-math.pi / 2 + math.pi * progress) + 1) / 2
         return before.peak + rise * (stage.peak - before.peak)
-
-
-def fixed(steps: int, relu_steps: int, peak: float) -> L1Schedule:
-    """λ = ``peak`` from the end of stage 0 to step ``steps``."""
-    return L1Schedule(relu_steps, [Stage(steps, peak)])
-
-
-# The paper's 7B run (table 6): each stage's last step, counted from T_0 = 5,000, and its peak as a share of λ_S = 0.2.
-_PAPER_7B = [(1_000, 0.025), (5_000, 0.25), (7_000, 0.25), (11_000, 1.0), (11_500, 1.0)]
-
-
-def progressive(steps: int, relu_steps: int, peak: float) -> L1Schedule:
-    """The paper's stages for 7B, stretched over the steps after stage 0, with ``peak`` as its last λ."""
-    length = steps - relu_steps
-    return L1Schedule(
-        relu_steps, [Stage(relu_steps + round(length * end / 11_500), peak * share) for end, share in _PAPER_7B]
-    )

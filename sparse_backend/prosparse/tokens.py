@@ -1,8 +1,12 @@
 """From text to training input: a byte-level BPE tokenizer for code, token streams, and windows of tokens."""
 
-from collections.abc import Iterator
+import math
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import chain
+from typing import Any, Self
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -12,6 +16,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sparse_backend.errors import UserError
 from sparse_backend.prosparse.corpus import Corpus
+
+_TOKENIZED_AT_ONCE = 1024  # documents
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
@@ -66,8 +72,17 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor
     """All documents' tokens, each document between BOS and EOS where the tokenizer has them: int32 [tokens]."""
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor([token for ids in encoded for token in (*before, *ids, *after)], dtype=torch.int32)
+    stream = array("i")  # a list of Python's numbers would take eight times the memory
+    for begin in range(0, len(texts), _TOKENIZED_AT_ONCE):
+        encoded = tokenizer(
+            texts[begin : begin + _TOKENIZED_AT_ONCE],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for ids in encoded["input_ids"]:
+            stream.extend(chain(before, ids, after))
+    return torch.tensor(stream, dtype=torch.int32)
 
 
 class TokenWindows(Dataset[Tensor]):
@@ -99,6 +114,38 @@ class TokenWindows(Dataset[Tensor]):
         return self._stream[self._starts[indices, None] + self._within].to(torch.int64)
 
 
+class MixedWindows(Dataset[Tensor]):
+    """Windows of several streams, taken in turn so that every stretch holds each stream in proportion to its share.
+
+    The order is fixed at construction, and a longer run goes through the same windows first.
+    """
+
+    def __init__(
+        self, streams: Sequence[Tensor], shares: Sequence[float], context: int, samples: int, seed: int
+    ) -> None:
+        counts = [math.ceil(samples * share) + 1 for share in shares]
+        self._windows = [
+            TokenWindows(stream, context, count, seed) for stream, count in zip(streams, counts, strict=True)
+        ]
+        # The k-th window of a stream is due at (k + 1/2) / share, counted in windows of all streams.
+        due = torch.cat(
+            [(torch.arange(count) + 0.5).double() / share for count, share in zip(counts, shares, strict=True)]
+        )
+        order = due.argsort(stable=True)[:samples]
+        self._stream = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[order]
+        self._index = torch.cat([torch.arange(count) for count in counts])[order]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._windows[int(self._stream[index])][int(self._index[index])]
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """A whole batch, int64 [len(indices), context]."""
+        return torch.stack([self[index] for index in indices])
+
+
 class HeldOutBlocks(Dataset[Tensor]):
     """A stream cut into consecutive blocks of ``context`` tokens; a shorter rest is left out."""
 
@@ -111,39 +158,80 @@ class HeldOutBlocks(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         return self.blocks[index]
 
+    @classmethod
+    def joined(cls, parts: Sequence["HeldOutBlocks"]) -> Self:
+        """The blocks of several streams, none of which crosses from one into the next."""
+        blocks = torch.cat([part.blocks for part in parts])
+        return cls(blocks.flatten(), blocks.shape[1])
+
     def batches(self, size: int) -> Iterator[Tensor]:
         """Batches of up to ``size`` blocks, in order: int64 [<= size, context]."""
         return iter(self.blocks.split(size))
 
 
 @dataclass(frozen=True)
-class Text:
-    """What a model is trained and measured on."""
+class DomainText:
+    """One domain of a corpus in tokens."""
 
+    name: str
     stream: Tensor
     """Training tokens, int32 [tokens]."""
     held_out: HeldOutBlocks
+    weight: float | None = None
+    """Share of the windows to train on, relative to the other domains'; None for the length of its stream."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a model is trained and measured on."""
+
+    domains: tuple[DomainText, ...]
+
+    @property
+    def train_tokens(self) -> int:
+        """Training tokens of all domains, each counted once."""
+        return sum(len(domain.stream) for domain in self.domains)
+
+    @cached_property
+    def held_out(self) -> HeldOutBlocks:
+        """The held-out blocks of all domains, one domain after the other."""
+        return HeldOutBlocks.joined([domain.held_out for domain in self.domains])
+
+    @property
+    def shares(self) -> list[float]:
+        """Per domain, its share of the windows."""
+        weights = [len(domain.stream) if domain.weight is None else domain.weight for domain in self.domains]
+        return [weight / sum(weights) for weight in weights]
+
+    def windows(self, context: int, samples: int, seed: int) -> Dataset[Tensor]:
+        """``samples`` training windows of ``context`` tokens, in an order fixed by the seed."""
+        if len(self.domains) == 1:
+            return TokenWindows(self.domains[0].stream, context, samples, seed)
+        return MixedWindows([domain.stream for domain in self.domains], self.shares, context, samples, seed)
 
 
 def read_text(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, context: int) -> Text:
     """Tokenize both sides of the corpus' split.
 
     Raises:
-        UserError: one of them is too short for sequences of ``context`` tokens.
+        UserError: one of them is too short for sequences of ``context`` tokens, in one of the domains.
     """
-    stream = token_stream(tokenizer, corpus.training)
-    held_out = HeldOutBlocks(token_stream(tokenizer, corpus.held_out), context)
-    print(
-        f"corpus: {corpus.name}, {len(corpus.documents)} documents, {len(corpus.held_out)} held out;"
-        f" {len(stream):,} training tokens, {held_out.blocks.numel():,} held-out tokens",
-        flush=True,
-    )
-    if len(stream) < 2 * context or not len(held_out):
-        raise UserError(
-            f"--corpus has {len(stream)} training tokens and {len(held_out)} held-out sequences of --context {context}"
-            " tokens; at least two sequences and one are needed. Add text or take a shorter context."
+    domains = []
+    for domain in corpus.domains:
+        stream = token_stream(tokenizer, domain.training)
+        held_out = HeldOutBlocks(token_stream(tokenizer, domain.held_out), context)
+        print(
+            f"corpus: {domain.name}, {len(domain.documents)} documents, {len(domain.held_out)} held out;"
+            f" {len(stream):,} training tokens, {held_out.blocks.numel():,} held-out tokens",
+            flush=True,
         )
-    return Text(stream, held_out)
+        if len(stream) < 2 * context or not len(held_out):
+            raise UserError(
+                f"Corpus {domain.name!r} has {len(stream)} training tokens and {len(held_out)} held-out sequences of"
+                f" --context {context} tokens; at least two sequences and one are needed. Add text or take a shorter context."
+            )
+        domains.append(DomainText(domain.name, stream, held_out, domain.weight))
+    return Text(tuple(domains))
 
 
 def as_model_input(batch: Any) -> dict[str, Tensor]:

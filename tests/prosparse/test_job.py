@@ -6,8 +6,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,38 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_backend.checkpoint import Checkpoint, Manifest, sha256_of
 from sparse_backend.prosparse import job, modeling, pretrain
-from sparse_backend.prosparse.command import main
-from sparse_backend.prosparse.corpus import read_corpus
+from sparse_backend.prosparse.corpus import read_corpus, read_mixture
 from sparse_backend.prosparse.evaluate import measure
+from sparse_backend.prosparse.recipe import Data, Source
+from sparse_backend.prosparse.recipe_file import read_recipe
 from sparse_backend.prosparse.tokens import read_text
 from tests.checkpoints import edit_config
-from tests.prosparse.corpora import write_corpus
+from tests.prosparse.jobs import World, command
 
 RUN = ["--context", "128", "--batch", "8", "--tokens", "40000", "--progress-every", "20"]
-
-
-@dataclass(frozen=True)
-class World:
-    """A corpus, and a dense base trained on it."""
-
-    corpus: Path
-    base: Path
-
-
-def command(module: object, *arguments: object) -> int:
-    """Run one of the room's commands as ``python -m`` would."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["module.py", *map(str, arguments)])
-        return main(module.NAME, module.DESCRIPTION, module.add_arguments, module.run)  # type: ignore[attr-defined]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("prosparse")
-    corpus = write_corpus(folder / "corpus.jsonl")
-    arguments = ["--preset", "tiny", "--corpus", corpus, "--tokens", 80_000, "--batch", 8]
-    assert command(pretrain, folder / "base", *arguments) == 0
-    return World(corpus, folder / "base")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +50,12 @@ def test_base_is_a_plain_swish_llama_that_learned(world: World) -> None:
     loss = measure(AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.bfloat16), text.held_out).loss
     # A model that knows nothing has ln 512 = 6.2.
     assert loss < 4
+
+
+def test_base_takes_a_tokenizer_that_is_there(world: World, tmp_path: Path) -> None:
+    flags = ["--preset", "tiny", "--corpus", world.corpus, "--tokens", 2_000, "--batch", 4]
+    assert command(pretrain, tmp_path / "base", *flags, "--tokenizer", world.base) == 0
+    assert (tmp_path / "base" / "tokenizer.json").read_bytes() == (world.base / "tokenizer.json").read_bytes()
 
 
 def test_result_loads_and_gives_what_the_manifest_says(world: World, made: Path) -> None:
@@ -113,14 +96,19 @@ def test_manifest_tells_how_it_was_made(world: World, made: Path) -> None:
     assert (relu.steps, l1.steps, relu.tokens + l1.tokens) == (2, 38, 40 * 1024)
     assert pretraining.settings["command"].startswith("prosparse pretrain")
     assert relu.settings["learning_rate"] == 1e-3
-    assert (l1.settings["l1"], l1.settings["schedule"]) == (1e-3, "fixed")
-    assert shift.settings["sweep"][0]["threshold"] == 0
-    assert manifest.activation.threshold in [point["threshold"] for point in shift.settings["sweep"]]
+    assert (l1.settings["reduction"], l1.settings["scale"]) == ("mean_tokens_sum_dff", 1)
+    assert l1.settings["stages"] == [{"end": 40, "peak": 1e-3}]
+    points = shift.settings["points"]
+    assert points[0]["threshold"] == 0
+    assert [point["threshold"] for point in points if point.get("chosen")] == [manifest.activation.threshold]
+    assert [(domain.name, domain.loss) for domain in manifest.domains] == [("corpus.jsonl", manifest.held_out.loss)]
 
 
 def test_folder_holds_the_checkpoint_and_nothing_else(world: World, made: Path) -> None:
     names = {path.name for path in made.iterdir()}
-    assert names == {*manifest_of(made).files, "prosparse.json"}
+    assert names == {*manifest_of(made).files, "prosparse.json", "report.md", "report"}
+    # The held-out text is somebody's: it stays where it is unless asked for.
+    assert "held_out.jsonl" not in names
     assert {"model.safetensors", "config.json", "generation_config.json"} < names
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert sha256_of(made / name) == sha256_of(world.base / name)
@@ -136,7 +124,7 @@ def test_l1_makes_it_sparse_and_the_order_of_micro_batches_does_not_matter(world
     assert command(job, world.base, out / "unregularised", *arguments, "--l1", 0) == 0
     plain, whole, accumulated = (manifest_of(folder) for folder in (out / "unregularised", made, out / "accumulated"))
     assert accumulated.held_out.loss == pytest.approx(whole.held_out.loss, abs=0.01)
-    before_shift = [found.phases[-1].settings["sweep"][0]["sparsity"] for found in (plain, whole, accumulated)]
+    before_shift = [found.phases[-1].settings["points"][0]["sparsity"] for found in (plain, whole, accumulated)]
     assert before_shift[1] > before_shift[0] + 0.03
     assert before_shift[2] == pytest.approx(before_shift[1], abs=0.01)
 
@@ -154,9 +142,9 @@ def test_no_budget_gives_a_relu_model_that_is_then_taken_as_a_base(
     arguments = ["--corpus", world.corpus, "--context", 128, "--batch", 8, "--tokens", 8192]
     out = tmp_path / "relu"
     # A negative budget cannot be asked for; a sweep that always costs something keeps threshold 0.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparse_backend.prosparse.threshold.SWEEP", (0.0, 50.0))
-        assert command(job, world.base, out, *arguments, "--threshold-budget", 0) == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("extends: demo\nthreshold: {sweep: [50], budget: 0}\n")
+    assert command(job, world.base, out, *arguments, "--recipe", recipe) == 0
     config = json.loads((out / "config.json").read_text())
     assert (config["architectures"], config["hidden_act"]) == (["LlamaForCausalLM"], "relu")
     assert Checkpoint.open(out).activation.kind == "relu"
@@ -169,7 +157,11 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "not a folder": (shutil.rmtree, ["BASE", "not a model folder"]),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "list"]),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
-    "other family": (lambda f: edit_config(f, model_type="opt"), ["model_type 'opt'", "LLaMA"]),
+    "other family": (
+        lambda f: edit_config(f, model_type="opt"),
+        ["model_type 'opt'", "llama, mistral, qwen2, qwen3, minicpm"],
+    ),
+    "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), ["quantised", "quantization_config"]),
     "ProSparse already": (lambda f: edit_config(f, model_type="sparsellama"), ["all three steps already"]),
     "other activation": (lambda f: edit_config(f, hidden_act="tanh"), ["hidden_act 'tanh'", "Swish or GELU"]),
     "activation is a list": (lambda f: edit_config(f, hidden_act=["silu"]), ["hidden_act ['silu']", "Swish or GELU"]),
@@ -183,6 +175,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["pretraining.json", "steps", "Restore the file"],
     ),
     "biases": (lambda f: edit_config(f, mlp_bias=True), ["mlp_bias"]),
+    "no vocabulary size": (lambda f: edit_config(f, vocab_size=None), ["vocab_size", "whole number"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["safetensors"]),
     "weights of another shape": (lambda f: edit_config(f, intermediate_size=128), ["cannot be loaded"]),
     "truncated weights": (lambda f: _truncate(f / "model.safetensors"), ["cannot be loaded"]),
@@ -190,6 +183,8 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer"]),
     "unreadable tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ["no tokenizer"]),
     "tokenizer of another model": (lambda f: _grow_tokenizer(f), ["tokenizer", "vocab_size"]),
+    "tokenizer too small": (lambda f: _shrink_tokenizer(f), ["tokenizer", "far fewer than the"]),
+    "tokenizer of another model of its size": (lambda f: _permute_tokenizer(f), ["tokenizer", "guessing has"]),
     "short context": (lambda f: edit_config(f, max_position_embeddings=64), ["--context is 128", "64 tokens"]),
 }
 
@@ -202,6 +197,25 @@ def _grow_tokenizer(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["an additional token"])
     tokenizer.save_pretrained(folder)
+
+
+def _shrink_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    model = content["model"]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < 300}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    path.write_text(json.dumps(content))
+
+
+def _permute_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    # The special tokens are the first three.
+    others = len(vocabulary) - 3
+    content["model"]["vocab"] = {token: n if n < 3 else 3 + (n - 3 + 100) % others for token, n in vocabulary.items()}
+    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("case", BAD_BASES)
@@ -224,7 +238,7 @@ def test_unusable_base_is_refused_with_nothing_left_behind(
         (["--l1", "nan"], ["--l1 is nan"]),
         (["--corpus", "no/such/place"], ["no/such/place"]),
         (["--progress-every", "0"], ["--progress-every is 0"]),
-        (["--learning-rate", "1e30", "--warmup", "0"], ["loss became", "--learning-rate"]),
+        (["--learning-rate", "1e30", "--warmup", "0"], ["became", "--learning-rate"]),
     ],
 )
 def test_unusable_flags_are_refused_with_nothing_left_behind(
@@ -252,14 +266,20 @@ def test_full_disk_after_training_keeps_the_weights_and_says_where(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Manifest, "write", fail)
     arguments = ["--corpus", world.corpus, "--context", 128, "--batch", 8, "--tokens", 8192]
+    monkeypatch.setattr(Manifest, "write", fail)
     assert command(job, world.base, tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert "No space left on device" in error
     assert f"kept in {str(tmp_path / 'out.partial')!r}" in error
-    assert load_file(tmp_path / "out.partial" / "model.safetensors")
+    assert load_file(tmp_path / "out.partial" / "trainer" / "checkpoint-8" / "model.safetensors")
     assert not (tmp_path / "out").exists()
+    # Once there is space, nothing is trained again.
+    monkeypatch.undo()
+    assert command(job, world.base, tmp_path / "out", *arguments) == 0
+    assert "step 8/8" not in capsys.readouterr().out
+    assert Checkpoint.open(tmp_path / "out").manifest is not None
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -288,3 +308,30 @@ def test_existing_output_is_refused_by_the_module_itself_without_a_traceback(wor
     assert finished.stderr.startswith("prosparse: error: OUT")
     assert "Traceback" not in finished.stderr
     assert sha256_of(made / "prosparse.json") == before
+
+
+def test_existing_output_is_refused_before_any_text_is_read(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(job, world.base, tmp_path, "--corpus", "no/such/place", *RUN) == 2
+    assert f"OUT {str(tmp_path)!r} exists already" in capsys.readouterr().err
+
+
+def test_stop_after_a_step_that_the_recipe_does_not_have_is_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages: [{peak: 1e-3, steps: 4}]")
+    arguments = ["--recipe", recipe, "--corpus", world.corpus, "--stop-after", "relu"]
+    assert command(job, world.base, tmp_path / "out", *arguments) == 2
+    assert "--stop-after relu: the recipe has no stage with λ = 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"held_out": 0.5}, {"sources": {"weight": 2.0}}], ids=["split", "mixture"])
+def test_a_run_with_another_split_or_mixture_is_another_run(world: World, change: dict[str, Any]) -> None:
+    def settings(held_out: float = 0.2, sources: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = Data(held_out=held_out, sources=(Source(path=str(world.corpus), **(sources or {})),))
+        return job.settings_of(world.base, read_mixture(data), read_recipe("demo"))
+
+    assert settings() == settings()
+    assert settings() != settings(**change)

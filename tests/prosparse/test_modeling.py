@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,11 +7,12 @@ from transformers import AutoModelForCausalLM
 
 from sparse_backend.activation import Activation
 from sparse_backend.errors import UserError
-from sparse_backend.hf_configs import SparseLlamaConfig
+from sparse_backend.hf_configs import SPARSE_CONFIGS, SparseLlamaConfig
 from sparse_backend.prosparse import modeling
-from sparse_backend.prosparse.checkpoints import save_activation, save_weights
-from sparse_backend.prosparse.modeling import FatReLU, SparseLlamaForCausalLM
-from tests.prosparse.models import random_llama, random_tokens
+from sparse_backend.prosparse.checkpoints import check_base, check_base_loss, load_model, save_activation, save_weights
+from sparse_backend.prosparse.gated_ffn import gated_ffns, watching
+from sparse_backend.prosparse.modeling import SPARSE_MODELS, FatReLU, MiniCPMForCausalLM, SparseLlamaForCausalLM
+from tests.prosparse.models import random_model, random_tokens
 
 modeling.register()
 
@@ -35,28 +37,91 @@ def test_threshold_zero_is_relu() -> None:
     assert torch.equal(FatReLU(0.0)(gate), torch.relu(gate))
 
 
-def test_saved_fatrelu_folder_loads_with_its_threshold_in_every_layer(tmp_path: Path) -> None:
-    model = random_llama()
-    save_weights(model, tmp_path)
+def test_configs_and_models_are_of_the_same_families() -> None:
+    assert SPARSE_MODELS.keys() == SPARSE_CONFIGS.keys()
+    for family, model in SPARSE_MODELS.items():
+        assert model.config_class is SPARSE_CONFIGS[family]
+
+
+@pytest.mark.parametrize("family", SPARSE_MODELS)
+def test_saved_fatrelu_folder_loads_with_its_threshold_in_every_layer(tmp_path: Path, family: str) -> None:
+    save_weights(random_model(family), tmp_path)
     architecture = save_activation(tmp_path, Activation(kind="fatrelu", threshold=0.3))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert architecture == "SparseLlamaForCausalLM"
-    assert isinstance(loaded, SparseLlamaForCausalLM)
+    assert type(loaded) is SPARSE_MODELS[family]
+    assert architecture == type(loaded).__name__
     assert (loaded.config.hidden_act, loaded.config.hidden_act_param) == ("fatrelu", 0.3)
-    plain = random_llama()
+    plain = random_model(family).eval()
     plain.load_state_dict({name: tensor.bfloat16().float() for name, tensor in plain.state_dict().items()})
-    for layer in plain.model.layers:
-        layer.mlp.act_fn = FatReLU(0.3)
     tokens = random_tokens(2, 16)
+    assert not torch.equal(loaded(tokens).logits, plain(tokens).logits)
+    assert len(gated_ffns(plain)) == 2
+    for ffn in gated_ffns(plain):
+        ffn.act_fn = FatReLU(0.3)
     assert torch.equal(loaded(tokens).logits, plain(tokens).logits)
 
 
-def test_saved_relu_folder_loads_in_plain_transformers(tmp_path: Path) -> None:
-    save_weights(random_llama(), tmp_path)
-    assert save_activation(tmp_path, Activation(kind="relu")) == "LlamaForCausalLM"
+@pytest.mark.parametrize("family", SPARSE_MODELS)
+def test_dense_base_of_each_family_takes_relu_and_a_penalty_on_every_layer(tmp_path: Path, family: str) -> None:
+    save_weights(random_model(family, hidden_act="silu"), tmp_path)
+    assert check_base(tmp_path) == "silu"
+    model = load_model(tmp_path, torch.float32, hidden_act="relu").train()
+    assert model.config.model_type == family
+    assert {type(ffn.act_fn) for ffn in gated_ffns(model)} == {torch.nn.ReLU}
+    norms = []
+    with watching(model, "down_proj", lambda _layer, x1: norms.append(x1.abs().sum())):
+        model(random_tokens(2, 16))
+    torch.stack(norms).sum().backward()
+    assert all(ffn.gate_proj.weight.grad.abs().sum() > 0 for ffn in gated_ffns(model))
+
+
+@pytest.mark.parametrize("family", [family for family in SPARSE_MODELS if family != "minicpm"])
+def test_saved_relu_folder_loads_in_plain_transformers(tmp_path: Path, family: str) -> None:
+    save_weights(random_model(family), tmp_path)
+    architecture = save_activation(tmp_path, Activation(kind="relu"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded).__name__ == "LlamaForCausalLM"
+    assert type(loaded).__module__.startswith("transformers.")
+    assert type(loaded).__name__ == architecture
     assert isinstance(loaded.model.layers[0].mlp.act_fn, torch.nn.ReLU)
+
+
+@pytest.mark.parametrize("loss", [12.0, float("nan")])
+def test_base_that_is_worse_than_guessing_is_refused(tmp_path: Path, loss: float) -> None:
+    with pytest.raises(UserError, match="tokenizer and its weights do not belong together"):
+        check_base_loss(tmp_path, loss, 4096)
+    check_base_loss(tmp_path, 8.5, 4096)
+
+
+def test_minicpm_is_a_llama_with_its_scales_in_the_weights() -> None:
+    minicpm = random_model("minicpm", hidden_act="silu").eval()
+    llama = random_model("llama", hidden_act="silu").eval()
+    state = {name: tensor.clone() for name, tensor in minicpm.state_dict().items()}
+    state["model.embed_tokens.weight"] *= 12
+    state["lm_head.weight"] /= 32 / 16
+    for name in state:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            state[name] *= 1.4 / 2**0.5
+    llama.load_state_dict(state)
+    tokens = random_tokens(2, 16)
+    torch.testing.assert_close(minicpm(tokens).logits, llama(tokens).logits)
+
+
+def test_published_minicpm_config_is_read_without_its_remote_code(tmp_path: Path) -> None:
+    # Fields of openbmb/MiniCPM-S-1B-sft, smaller.
+    random_model("minicpm").save_pretrained(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())
+    derived = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+    published = {name: value for name, value in own.items() if name not in derived}
+    published |= {
+        "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"},
+        "hidden_act": "fatrelu",
+        "hidden_act_param": 0.03,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MiniCPMForCausalLM
+    assert [ffn.act_fn.threshold for ffn in gated_ffns(loaded)] == [0.03, 0.03]
+    assert loaded.config.logits_scaling == 2
 
 
 @pytest.mark.parametrize("threshold", [-1.0, float("nan")])

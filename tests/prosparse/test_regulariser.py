@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparse_backend.prosparse.regulariser import ActivationL1
+from tests.prosparse.jobs import ROOT
 from tests.prosparse.models import random_llama, random_tokens
 
 
@@ -86,6 +89,19 @@ def test_half_precision_norm_is_summed_in_float32() -> None:
     assert norm.item() == 4097.0
 
 
+@pytest.mark.parametrize(("reduction", "share"), [("sum", 1.0), ("mean_tokens_sum_dff", 1 / 14), ("mean", 1 / 14 / 40)])
+def test_reductions_within_a_layer_and_their_scale(reduction: Any, share: float) -> None:
+    stack = Stack()
+    x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(3))
+    _, norm = with_norm(ActivationL1(stack, reduction, scale=0.5), stack, x)
+    expected = torch.zeros(())
+    for layer in stack.layers:
+        x1 = F.relu(layer.gate_proj(x)) * layer.up_proj(x)
+        expected = expected + x1.abs().sum() * share
+        x = x + layer.down_proj(x1)
+    torch.testing.assert_close(norm, 0.5 * expected)
+
+
 def test_norm_does_not_depend_on_the_batch() -> None:
     model = random_llama().train()
     l1 = ActivationL1(model)
@@ -107,7 +123,7 @@ def test_sparsity_is_the_share_of_zeros_that_enter_down_proj() -> None:
         x1 = F.relu(layer.gate_proj(x)) * layer.up_proj(x)
         zeros.append((x1 == 0).float().mean())
         x = x + layer.down_proj(x1)
-    assert l1.take_sparsity() == pytest.approx(torch.stack(zeros).mean().item(), abs=1e-6)
+    assert l1.take_sparsity().item() == pytest.approx(torch.stack(zeros).mean().item(), abs=1e-6)
 
 
 def test_removal_leaves_the_model_as_it_was() -> None:
@@ -115,3 +131,15 @@ def test_removal_leaves_the_model_as_it_was() -> None:
     l1 = ActivationL1(stack)
     l1.remove()
     assert not [module for module in stack.modules() if module._forward_pre_hooks]
+
+
+def test_gradient_is_the_same_under_fsdp() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [*launcher, "-m", "tests.prosparse.sharded_gradients"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    assert "gradients agree" in finished.stdout, finished.stderr

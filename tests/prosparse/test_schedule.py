@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from sparse_backend.prosparse.schedule import L1Schedule, Stage, fixed, progressive
+from sparse_backend.prosparse.schedule import L1Schedule, Stage
 
 # ProSparse, table 6: the 7B run.
 PAPER = L1Schedule(
@@ -46,14 +46,8 @@ def test_weight_never_falls_nor_jumps_after_the_warm_up() -> None:
     assert max(rises) <= math.pi / 2 * 0.15 / 4_000 * 1.001
 
 
-def test_progressive_is_the_papers_table_at_the_papers_length() -> None:
-    stretched = progressive(16_500, 5_000, 0.2)
-    assert [stage.end for stage in stretched.stages] == [stage.end for stage in PAPER.stages]
-    assert [stage.peak for stage in stretched.stages] == pytest.approx([stage.peak for stage in PAPER.stages])
-
-
-def test_fixed_is_constant_from_the_end_of_the_relu_stage() -> None:
-    schedule = fixed(100, 10, 3e-5)
+def test_one_stage_is_constant_from_the_end_of_the_relu_stage() -> None:
+    schedule = L1Schedule(10, [Stage(100, 3e-5)])
     assert {schedule.weight(step) for step in range(1, 11)} == {0.0}
     assert {schedule.weight(step) for step in range(11, 101)} == {3e-5}
 

@@ -9,7 +9,9 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from sparse_backend.errors import UserError
 from sparse_backend.prosparse.corpus import read_corpus
 from sparse_backend.prosparse.tokens import (
+    DomainText,
     HeldOutBlocks,
+    Text,
     TokenWindows,
     as_model_input,
     read_text,
@@ -101,6 +103,59 @@ def test_shortest_streams_stay_within_bounds(length: int) -> None:
     tokens = windows.__getitems__(list(range(200)))
     assert int(tokens.min()) >= 0
     assert int(tokens.max()) < length
+
+
+def mixture(*weights: float | None) -> Text:
+    """Two domains: 100 tokens below 1,000, and 900 tokens from 1,000 on."""
+    streams = torch.arange(100, dtype=torch.int32), torch.arange(1000, 1900, dtype=torch.int32)
+    return Text(
+        tuple(
+            DomainText(f"domain {number}", stream, HeldOutBlocks(stream[:25], 10), weight)
+            for number, (stream, weight) in enumerate(zip(streams, weights, strict=True))
+        )
+    )
+
+
+@pytest.mark.parametrize(("weights", "share"), [((3, 1), 0.75), ((None, None), 0.1), ((2, 6), 0.25)])
+def test_every_stretch_of_a_mixture_has_the_domains_shares(weights: tuple[float | None, ...], share: float) -> None:
+    windows = mixture(*weights).windows(10, 400, seed=0)
+    tokens = windows.__getitems__(list(range(400)))
+    assert tokens.shape == (400, 10)
+    # No window crosses from one domain into the other.
+    assert torch.equal(tokens, tokens[:, :1] + torch.arange(10))
+    is_first = tokens[:, 0] < 1000
+    for stretch in is_first.split(40):
+        assert stretch.sum().item() == pytest.approx(40 * share, abs=1)
+
+
+def test_mixture_is_fixed_by_the_seed_and_a_longer_run_begins_alike() -> None:
+    def tokens(samples: int, seed: int) -> torch.Tensor:
+        return mixture(3, 1).windows(10, samples, seed).__getitems__(list(range(100)))
+
+    assert torch.equal(tokens(100, 1), tokens(300, 1))
+    assert not torch.equal(tokens(100, 1), tokens(100, 2))
+
+
+def test_one_domain_is_trained_on_like_its_stream_alone() -> None:
+    (domain, _) = mixture(None, None).domains
+    whole = list(range(50))
+    expected = TokenWindows(domain.stream, 10, 50, seed=4).__getitems__(whole)
+    assert torch.equal(Text((domain,)).windows(10, 50, seed=4).__getitems__(whole), expected)
+
+
+def test_held_out_text_of_a_mixture_is_that_of_its_domains() -> None:
+    text = mixture(3, 1)
+    assert torch.equal(text.held_out.blocks, torch.cat([torch.arange(20), torch.arange(1000, 1020)]).view(4, 10))
+    assert text.train_tokens == 1000
+
+
+def test_stream_does_not_depend_on_how_many_texts_are_tokenized_at_once(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"return value_{number}\n" for number in range(10)]
+    whole = token_stream(tokenizer, texts)
+    monkeypatch.setattr("sparse_backend.prosparse.tokens._TOKENIZED_AT_ONCE", 3)
+    assert torch.equal(token_stream(tokenizer, texts), whole)
 
 
 def test_held_out_blocks_are_consecutive_and_whole() -> None:

@@ -1,0 +1,365 @@
+"""``prosparse controls``: what each part of the recipe gives, from one base and with the same tokens.
+
+Six rows, as in the paper's tables 1, 4 and 5 (arXiv 2402.13516): the dense model trained on; vanilla ReLU; shifted ReLU;
+ReLU with a fixed λ; ProSparse without and with the threshold shift. Other recipes can run beside them. When the command is
+killed, the same command goes on.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
+from os import devnull
+from pathlib import Path
+from shutil import rmtree
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparse_backend.errors import UserError
+from sparse_backend.prosparse import modeling, threshold
+from sparse_backend.prosparse.checkpoints import check_base, device_name, load_model, versions
+from sparse_backend.prosparse.command import add_shared_arguments, command_line, main, runtime_from
+from sparse_backend.prosparse.corpus import Corpus, read_mixture
+from sparse_backend.prosparse.evaluate import Measurement, combined
+from sparse_backend.prosparse.gated_ffn import gated_ffns
+from sparse_backend.prosparse.job import measure_domains, read_base, settings_of, weight_schedule
+from sparse_backend.prosparse.recipe import Recipe
+from sparse_backend.prosparse.recipe_flags import add_recipe_arguments, recipe_from
+from sparse_backend.prosparse.report import draw_histories, markdown_table, plotting_is_possible, write_history
+from sparse_backend.prosparse.schedule import L1Schedule, Stage
+from sparse_backend.prosparse.tokens import Text
+from sparse_backend.prosparse.trainer import L1Weight, Runtime, train
+from sparse_backend.prosparse.workspace import Workspace, check_absent, opened, write_json
+
+NAME = "controls"
+DESCRIPTION = (
+    "Train the paper's control runs beside ProSparse, from one base and with the same tokens, and print its table."
+)
+
+# The names in the table, by those on the command line.
+RUNS = {
+    "dense": "dense, continued",
+    "relu": "vanilla ReLU",
+    "shifted": "shifted ReLU",
+    "fixed": "fixed L1",
+    "prosparse": "ProSparse",
+}
+
+
+class ShiftedReLU(nn.Module):
+    """relu(gate - shift), the shifted ReLU of Mirzadeh et al. (arXiv 2310.04564)."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, gate: Tensor) -> Tensor:
+        """``gate`` of any shape -> the same shape and dtype."""
+        return torch.relu(gate - self.shift)
+
+
+@dataclass(frozen=True)
+class Control:
+    """One training run of the table."""
+
+    name: str
+    recipe: Recipe
+    """Its training and its threshold; of its stages, only what ``schedule`` has of them."""
+    load: Callable[[Path, torch.dtype], PreTrainedModel]
+    """A model with the run's activation, from the base's folder or from the run's own checkpoint."""
+    schedule: L1Weight | None
+    """λ by step; None for plain language modelling."""
+    shifts_threshold: bool = False
+    """True where step 3 follows, for a second row."""
+
+    @property
+    def slug(self) -> str:
+        """The name as a file's name."""
+        return _slug(self.name)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "base", type=Path, metavar="BASE", help="folder of a dense model with gated feed-forward layers"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to create for the table, its figures and plots")
+    add_shared_arguments(parser, corpus_required=False)
+    parser.add_argument(
+        "--shift",
+        type=float,
+        default=0.25,
+        help="of the shifted ReLU, in units of the base's gate (root mean square; default: 0.25)",
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        choices=tuple(RUNS),
+        default=list(RUNS),
+        help="which of the control runs to make (default: all)",
+    )
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="recipes or presets to run as well, each for the same tokens of the same data, without and with its threshold",
+    )
+    add_recipe_arguments(parser)
+    parser.set_defaults(recipe="progressive")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the input, train every control, write and print the table."""
+    recipe, runtime = recipe_from(args), runtime_from(args)
+    others = _others(args, recipe)
+    if not math.isfinite(args.shift):
+        raise UserError(f"--shift is {args.shift}: it must be a finite number.")
+    if recipe.target_sparsity is not None:
+        raise UserError("The controls share the λ of the recipe's stages. Leave target_sparsity out of it.")
+    peaks = {stage.peak for stage in recipe.stages if stage.peak > 0}
+    if len(peaks) < 2:
+        raise UserError(
+            f"--recipe {args.recipe} has the λ peaks {sorted(peaks)}: with fewer than two, fixed L1 and ProSparse are the same"
+            " run. Take --recipe progressive, or stages whose λ rises."
+        )
+    if check_base(args.base) == "relu":
+        raise UserError(f"BASE {str(args.base)!r} computes ReLU already: there is no dense model to compare with.")
+    check_absent(args.out)
+    with ExitStack() as stack:
+        if not runtime.is_first:
+            stack.enter_context(redirect_stdout(stack.enter_context(Path(devnull).open("w"))))
+        corpus = read_mixture(recipe.require_data())
+        settings = settings_of(args.base, corpus, recipe) | {
+            "shift": args.shift,
+            "threshold": recipe.threshold.model_dump(mode="json"),
+            "runs": args.runs,
+            "also": {name: other.model_dump(mode="json") for name, other in others.items()},
+        }
+        workspace = stack.enter_context(opened(args.out, settings, is_writer=runtime.is_first))
+        rows = train_controls(args.base, workspace, corpus, recipe, runtime, args.shift, args.runs, others)
+        if not runtime.is_first:
+            return 0
+        table = _write(workspace, rows, recipe, runtime)
+        workspace.finish()
+    print(f"\n{table}\nwrote {args.out}", flush=True)
+    return 0
+
+
+def _others(args: argparse.Namespace, recipe: Recipe) -> dict[str, Recipe]:
+    """The recipes of ``--also`` by the name of their file.
+
+    Raises:
+        UserError: one cannot be compared with the others.
+    """
+    others: dict[str, Recipe] = {}
+    for source in args.also:
+        name, other = Path(source).stem, recipe_from(args, source)
+        if name in others or _slug(name) in map(_slug, RUNS.values()):
+            raise UserError(f"--also {source}: there is another run of the name {name!r}. Rename the file.")
+        if other.data != recipe.data or other.training.context != recipe.training.context:
+            raise UserError(
+                f"--also {source}: its data or training.context is not that of --recipe {args.recipe}, so their losses cannot be"
+                " compared. Make them the same, or give --corpus and --context."
+            )
+        tokens, wanted = (part.steps * part.training.step_tokens for part in (other, recipe))
+        if abs(tokens - wanted) > max(other.training.step_tokens, recipe.training.step_tokens):
+            raise UserError(
+                f"--also {source}: it has {tokens:,} tokens, --recipe {args.recipe} {wanted:,}. Give --tokens, which stretches"
+                " the stages of all."
+            )
+        others[name] = other
+    return others
+
+
+def train_controls(
+    base: Path,
+    workspace: Workspace,
+    corpus: Corpus,
+    recipe: Recipe,
+    runtime: Runtime,
+    shift: float,
+    runs: Sequence[str] = tuple(RUNS),
+    others: Mapping[str, Recipe] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """Train and measure every run that an earlier process has not finished.
+
+    Args:
+        base: the dense model's folder.
+        workspace: where results are kept.
+        corpus: the recipe's text.
+        recipe: ProSparse's recipe; the other control runs take from it what they share.
+        runtime: device, printing and saving.
+        shift: of the shifted ReLU, in units of the base's gate.
+        runs: which of ``RUNS`` to make.
+        others: further recipes, by name.
+
+    Returns:
+        One record per row of the table: ``name``, ``loss``, ``sparsity``, ``layers`` (sparsity of each), ``domains`` (``loss``
+        and ``sparsity`` of each), ``history`` of its training; rows with a threshold have ``threshold`` and ``sweep``.
+    """
+    modeling.register()
+    text, found = read_base(base, workspace, corpus, recipe, runtime)
+    rows = []
+    for control in _controls(recipe, shift * found.gate_scale, runs, others):
+        result = workspace.result(control.slug)
+        if result is None:
+            result = {"rows": _train(control, base, workspace, text, runtime)}
+            workspace.record(control.slug, result)
+        rows += result["rows"]
+    return rows
+
+
+def _controls(recipe: Recipe, shift: float, runs: Sequence[str], others: Mapping[str, Recipe]) -> list[Control]:
+    stages = recipe.l1_schedule
+    start, steps = stages.relu_steps, recipe.steps
+
+    def relu(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        return load_model(folder, dtype, hidden_act="relu")
+
+    def shifted(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        model = relu(folder, dtype)
+        for ffn in gated_ffns(model):
+            ffn.act_fn = ShiftedReLU(shift)
+        return model
+
+    known = {
+        "dense": Control(RUNS["dense"], recipe, load_model, None),
+        "relu": Control(RUNS["relu"], recipe, relu, L1Schedule(steps, [])),
+        "shifted": Control(RUNS["shifted"], recipe, shifted, L1Schedule(steps, [])),
+        "fixed": Control(RUNS["fixed"], recipe, relu, L1Schedule(start, [Stage(steps, stages.stages[-1].peak)])),
+        "prosparse": Control(RUNS["prosparse"], recipe, relu, stages, shifts_threshold=True),
+    }
+    return [
+        *(control for name, control in known.items() if name in runs),
+        *(Control(name, other, relu, weight_schedule(other), shifts_threshold=True) for name, other in others.items()),
+    ]
+
+
+def _train(control: Control, base: Path, workspace: Workspace, text: Text, runtime: Runtime) -> list[dict[str, Any]]:
+    """Train one control; returns its rows of the table, in the first process, and deletes its checkpoints."""
+    recipe = control.recipe
+    print(f"\n{control.name}: {recipe.steps} steps", flush=True)
+    folder = workspace.folder / control.slug
+    run = train(
+        control.load(base, torch.float32),
+        text,
+        recipe.run,
+        runtime,
+        folder,
+        schedule=control.schedule,
+        l1=recipe.l1,
+        decay_steps=recipe.last_stage_steps,
+        logs=workspace.folder / "tensorboard" / folder.name,
+    )
+    if not runtime.is_first:
+        return []
+    model = control.load(run.folder, torch.bfloat16).to(runtime.device)
+    rows = [_row(control.name, measure_domains(model, text)) | {"history": run.history}]
+    if control.shifts_threshold:
+        points = threshold.sweep(model, text.held_out, recipe.threshold)
+        chosen = threshold.choose(points, recipe.threshold.budget, recipe.target_sparsity)
+        with threshold.applied(model, chosen.threshold, chosen.factors):
+            row = _row(f"{control.name}, with threshold", measure_domains(model, text))
+        rows.append(row | {"threshold": chosen.rounded(), "sweep": [point.rounded() for point in points]})
+    for row in rows:
+        print(f"{row['name']}: held-out loss {row['loss']:.4f}, sparsity {row['sparsity']:.2%}", flush=True)
+    rmtree(folder)
+    return rows
+
+
+def _row(name: str, measured: Mapping[str, Measurement]) -> dict[str, Any]:
+    whole = combined(list(measured.values()))
+    return {
+        "name": name,
+        "loss": whole.loss,
+        "sparsity": whole.mean_sparsity,
+        "layers": whole.sparsity.tolist(),
+        "domains": {domain: {"loss": part.loss, "sparsity": part.mean_sparsity} for domain, part in measured.items()},
+    }
+
+
+def _write(workspace: Workspace, rows: Sequence[Mapping[str, Any]], recipe: Recipe, runtime: Runtime) -> str:
+    """Write ``controls.md``, ``controls.json``, each run's history and the plots; returns the tables."""
+    folder = workspace.checkpoint
+    histories = {row["name"]: row["history"] for row in rows if "history" in row}
+    for name, history in histories.items():
+        write_history(folder / f"{_slug(name)}.jsonl", history)
+    tables = "\n\n".join(_tables(rows))
+    plot = _draw(folder, histories)
+    head = (
+        f"# ProSparse and its controls\n\n```sh\n{command_line(NAME)}\n```\n\n{recipe.steps:,} steps of"
+        f" {recipe.training.step_tokens:,} tokens each, seed {recipe.training.seed}, {device_name(runtime.device)}."
+    )
+    (folder / "controls.md").write_text(f"{head}\n\n{tables}\n{plot}")
+    write_json(
+        folder / "controls.json",
+        {
+            "command": command_line(NAME),
+            "recipe": recipe.model_dump(mode="json"),
+            "versions": versions(),
+            "device": device_name(runtime.device),
+            "rows": [{key: value for key, value in row.items() if key != "history"} for row in rows],
+        },
+    )
+    return tables
+
+
+def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    domains, layers = list(rows[0]["domains"]), len(rows[0]["layers"])
+    dense = next((row["loss"] for row in rows if row["name"] == RUNS["dense"]), math.nan)
+    whole = [
+        [
+            row["name"],
+            f"{row['loss']:.4f}",
+            "" if math.isnan(dense) else f"{row['loss'] / dense - 1:+.2%}",
+            f"{math.exp(row['loss']):.2f}",
+            f"{row['sparsity']:.2%}",
+        ]
+        for row in rows
+    ]
+    by_domain = [
+        [
+            row["name"],
+            *(
+                f"{part['loss']:.4f} · {math.exp(part['loss']):.2f} · {part['sparsity']:.2%}"
+                for part in row["domains"].values()
+            ),
+        ]
+        for row in rows
+    ]
+    by_layer = [[row["name"], *(f"{share:.1%}" for share in row["layers"])] for row in rows]
+    return [
+        markdown_table(("run", "held-out loss", "above dense", "perplexity", "sparsity"), whole),
+        "Held-out loss · perplexity · sparsity by domain:",
+        markdown_table(("run", *domains), by_domain),
+        "Sparsity by layer:",
+        markdown_table(("run", *map(str, range(layers))), by_layer),
+    ]
+
+
+def _slug(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
+
+
+def _draw(folder: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    if not plotting_is_possible():
+        return ""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    draw_histories(axes[0], histories, "eval_loss", "held-out loss (nats a token)")
+    draw_histories(axes[1], histories, "lambda", "λ")
+    draw_histories(axes[2], histories, "sparsity", "sparsity")
+    figure.savefig(folder / "controls.png", dpi=120)
+    return "\n![loss, λ and sparsity over the steps](controls.png)\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(NAME, DESCRIPTION, add_arguments, run))
