@@ -24,18 +24,19 @@ def free_port() -> int:
 
 
 class Server:
-    """One running server; its output goes to ``log``."""
+    """One running server; its messages go to ``log``, its lines on requests to ``requests_log`` beside it."""
 
     def __init__(self, model: Path, log: Path, *flags: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
+        self.requests_log = log.with_name("requests.jsonl")
         # One client for all: making one takes longer than most requests.
         self._client = httpx.Client(base_url=self.url, timeout=30)
         command = [str(PROSPARSE), "serve", str(model), "--port", str(self.port), *flags]
-        with log.open("wb") as output:
+        with log.open("wb") as messages, self.requests_log.open("wb") as requests:
             # A session of its own, so that a test can signal the whole group as a terminal does.
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=requests, stderr=messages, start_new_session=True)
 
     def get(self, path: str) -> httpx.Response:
         """GET one path."""
