@@ -47,4 +47,12 @@ size_t activation_workspace(const Shape& shape);
 cudaError_t launch_activation(Dtype dtype, const Shape& shape, const void* gate_up_out, float threshold,
                               const bool* is_padding, void* h, int64_t* counters, void* workspace, cudaStream_t stream);
 
+// The widest row launch_add_rms_norm takes.
+constexpr int64_t kMaxNormWidth = 32768;
+
+// sum [rows, d_model] = x + residual, y = sum / sqrt(mean(sum^2) + epsilon) * weight [d_model]; computed in float32, bfloat16 or
+// float16 in memory. y and sum overlap no argument. Lets the kernel behind it start early: see the top of this file.
+cudaError_t launch_add_rms_norm(Dtype dtype, int64_t rows, int64_t d_model, const void* x, const void* residual,
+                                const void* weight, float epsilon, void* y, void* sum, cudaStream_t stream);
+
 }  // namespace prosparse::cuda
