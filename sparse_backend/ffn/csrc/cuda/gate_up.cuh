@@ -12,6 +12,9 @@
 // Every warp keeps a ring of stages in shared memory, most of them on their way: a stage is one memory line of each of the pass's
 // 16 weight rows. x stays in registers where it fits: read again for every pass, it would be the larger part of what a
 // multiprocessor reads from shared memory.
+//
+// With dReLU only the up value tells whether a neuron is active: what the second kernel waits for, the masks, grows with the up
+// passes, and is complete for a gate pass when the up pass with the last of its neurons has ended.
 #pragma once
 
 #include <cmath>
@@ -58,6 +61,7 @@ struct GateUpArguments {
   int d_model;
   int d_ff;
   float threshold;
+  bool drelu;
   // For the second kernel.
   uint32_t* masks;  // [blocks, gate passes]: bit i tells whether neuron i of the pass has an h; with kDone once it is known
   void* h;          // [blocks, gate passes, 16, 8 * row tiles]; kMissing until it is known
@@ -86,6 +90,7 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
   __shared__ __align__(16) float partial[kGateUpWarps * kPartialStride];
   __shared__ float queue_gate[kQueue][kColumns];  // 0 for rows that do not activate the neuron
   __shared__ int queue_neuron[kQueue], queue_place[kQueue];  // place: gate pass * 16 + slot
+  __shared__ bool queue_is_last[kQueue];  // of its gate pass, with dReLU
   __shared__ int queue_tail;
   __shared__ uint32_t wanted;  // of the gate pass that has just been computed
   __shared__ int counted_active, counted_union;
@@ -117,6 +122,7 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
   // What follows is the same in every thread of the block.
   const Passes& passes = arguments.passes;
   const int gate_passes = passes.per_block;
+  const bool drelu = arguments.drelu;
   int gate_passes_begun = 0, queue_head = 0;
   const auto next_gate_pass = [&]() -> Pass {
     const int pass = gate_passes_begun++ * passes.blocks + block, first = passes.first_neuron(pass);
@@ -213,6 +219,7 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
       static_cast<Chunk*>(arguments.h)[block * h_chunks + i] = {kMissing, kMissing, kMissing, kMissing};
   }
   if (threadIdx.x == 0) queue_tail = 0, wanted = 0, counted_active = counted_union = 0;
+  if (threadIdx.x < kQueue) queue_is_last[threadIdx.x] = false;
   sync_all();
   int gate_passes_ended = 0;
   const int column = lane % kColumns;
@@ -271,14 +278,24 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
     if (current.up) {
       // where(active, gate, 0) * up, so that an infinite up value shows as in the dense layer; padding has no output.
       const int number = (current.first + warp) % kQueue;
+      bool has_h = real;
+      if (drelu) {
+        has_h = inside && is_first && real && queue_gate[number][column] != 0 && !(value <= arguments.threshold);
+        const unsigned rows_active = __ballot_sync(kAllLanes, has_h) & kColumnLanes;
+        if (lane == 0 && rows_active) {
+          const int place = queue_place[number];
+          atomicOr(arguments.masks + block * gate_passes + place / kPassRows, 1u << place % kPassRows);
+          atomicAdd(&counted_active, __popc(rows_active)), atomicAdd(&counted_union, 1);
+        }
+      }
       if (inside && is_first && lane < kColumns)
         store_relaxed(static_cast<T*>(arguments.h) + (block * gate_passes * kPassRows + queue_place[number]) * kColumns + lane,
-                      from_float<T>(real ? queue_gate[number][lane] * value : 0.0f));
+                      from_float<T>(has_h ? queue_gate[number][lane] * value : 0.0f));
     } else {
       const bool active = inside && is_first && real && !(value <= arguments.threshold);
       const unsigned rows_active = __ballot_sync(kAllLanes, active) & kColumnLanes;
-      // A gate of -inf comes from an infinite x: its up value is no number that the dense layer would ignore.
-      const bool has_h = __any_sync(kAllLanes, active || (inside && is_first && real && value == -INFINITY));
+      // A gate of -inf comes from an infinite x: its up value is no number that the dense layer would ignore, but for dReLU.
+      const bool has_h = __any_sync(kAllLanes, active || (inside && is_first && real && value == -INFINITY && !drelu));
       if (arguments.gates) {
         if (inside && is_first && lane < rows) arguments.gates[static_cast<int64_t>(lane) * d_ff + current.first + warp] = value;
       } else if (has_h) {
@@ -293,7 +310,7 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
             add_in_cluster(address_in(1, &queue_tail), 1);
           }
           atomicOr(&wanted, 1u << warp);
-          if (rows_active) atomicAdd(&counted_active, __popc(rows_active)), atomicAdd(&counted_union, 1);
+          if (rows_active && !drelu) atomicAdd(&counted_active, __popc(rows_active)), atomicAdd(&counted_union, 1);
         }
         number = __shfl_sync(kAllLanes, number, 0);
         if (lane < kColumns) queue_gate[number][lane] = active ? value : 0.0f;
@@ -308,8 +325,24 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
         __threadfence();
         let_successor_start();
       }
-      if (is_first) store_relaxed(arguments.masks + block * gate_passes + gate_passes_ended - 1, wanted | kDone);
+      if (is_first) {
+        uint32_t* const mask = arguments.masks + block * gate_passes + gate_passes_ended - 1;
+        if (!drelu || wanted == 0) {
+          store_relaxed(mask, wanted | kDone);
+        } else {
+          queue_is_last[(queue_tail - 1) % kQueue] = true;
+        }
+      }
       wanted = 0;
+    }
+    if (threadIdx.x == 0 && is_first && current.up && drelu) {
+      for (int i = 0; i < current.count; ++i) {
+        const int number = (current.first + i) % kQueue;
+        if (!queue_is_last[number]) continue;
+        queue_is_last[number] = false;
+        // Behind the barrier, and so behind what other warps have put into the same mask.
+        atomicOr(arguments.masks + block * gate_passes + queue_place[number] / kPassRows, kDone);
+      }
     }
 
     current_rows = next_rows;
