@@ -48,7 +48,7 @@ fixed() { echo "{name: fixed L1, peak: $1, tokens: 33_000_000}"; }
 mkdir -p "$recipes"
 recipe paper "" "$stage_0, $rise, $last"
 # In the order in which they are run.
-variants=(fixed-2e-5 fixed-6e-5 fixed-3e-5 without-stage-0 within-half wsd fixed-wsd fixed-1.4e-5 fixed-2e-5-seed-1)
+variants=(fixed-2e-5 fixed-6e-5 fixed-3e-5 without-stage-0 within-half fixed-2e-5-seed-1 wsd fixed-wsd fixed-1.4e-5)
 for peak in 1.4e-5 2e-5 3e-5 6e-5; do
     recipe "fixed-$peak" "" "$(fixed $peak)"
 done
