@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-PROSPARSE = Path(sys.executable).with_name("prosparse")
+# The command is found beside Python, or where the environment says: a client may live in another environment than the server.
+PROSPARSE = Path(os.environ.get("PROSPARSE", Path(sys.executable).with_name("prosparse")))
 
 # Seconds a first start may take on a busy two-core machine: it builds the kernels and compiles the model.
 START_LIMIT = 240
