@@ -80,6 +80,11 @@ class Server:
         """What there is under /dev/shm that one of the server's processes has mapped."""
         return {path for pid in self.processes() for path in _mapped(pid) if path.exists()}
 
+    def memory(self) -> dict[str, int]:
+        """Resident bytes of each process, by its name."""
+        page = os.sysconf("SC_PAGE_SIZE")
+        return {_name(pid): int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in self.processes()}
+
     def engine_process(self, role: str) -> int:
         """The process of the engine that calls itself ``role``: EngineCore or Worker."""
         (pid,) = (pid for pid in self.processes() if f"VLLM::{role}".startswith(_name(pid)) and "::" in _name(pid))
