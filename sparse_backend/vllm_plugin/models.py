@@ -24,10 +24,12 @@ from sparse_backend.activation import Activation
 from sparse_backend.vllm_plugin import padding
 from sparse_backend.vllm_plugin.ffn_path import max_sparse_rows_per_layer
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
+from sparse_backend.vllm_plugin.norm import norm_class
 
 logger = logging.getLogger(__name__)
 
 _LINEAR_LAYERS = ("gate_up_proj", "down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class SparseFeedForward:
@@ -69,6 +71,9 @@ class SparseFeedForward:
                 max_sparse_rows=limits[index],
                 dense_reason=self._dense_reason(layer.mlp, vllm_config),
             )
+            norm = norm_class(vllm_config.model_config.dtype, config.hidden_size, layer.mlp.max_sparse_rows)
+            for name in _NORMS:
+                setattr(layer, name, norm(config.hidden_size, eps=config.rms_norm_eps))
         self._tell_of_dense_layers()
 
     def process_weights_after_loading(self) -> None:

@@ -86,6 +86,26 @@ inline Sizes check_gated_ffn(const Tensor& x, const Tensor& gate_up, const Tenso
   return sizes;
 }
 
+struct NormSizes {
+  int64_t rows, d_model;
+};
+
+inline NormSizes check_norm(const Tensor& x, const Tensor& residual, const Tensor& weight) {
+  check_matrix(x, "x", x);
+  check_matrix(residual, "residual", x);
+  const NormSizes sizes{x.size(0), x.size(1)};
+  STD_TORCH_CHECK(residual.size(0) == sizes.rows && residual.size(1) == sizes.d_model, "residual must have the shape of x");
+  STD_TORCH_CHECK(sizes.d_model > 0 && sizes.d_model % 8 == 0, "d_model must be a positive multiple of 8, but it is ",
+                  sizes.d_model);
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == sizes.d_model && weight.scalar_type() == x.scalar_type() &&
+                      weight.is_contiguous(),
+                  "weight must be a contiguous vector of d_model = ", sizes.d_model, " values of the dtype of x");
+  check_device(weight, "weight", x);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % kAlignment == 0, "weight must start at a multiple of ",
+                  kAlignment, " bytes; pass a copy instead of a view");
+  return sizes;
+}
+
 // An uninitialised matrix on the device of x.
 inline Tensor matrix(const Tensor& x, int64_t rows, int64_t columns, ScalarType dtype) {
   const std::array<int64_t, 2> size{rows, columns};

@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 #include "arguments.h"
 #include "cuda/kernels.h"
@@ -136,9 +137,24 @@ Tensor sparse_gate(Tensor x, Tensor gate_up) {
   return gates;
 }
 
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double epsilon) {
+  const Dtype dtype = dtype_of(x);
+  const auto [rows, d_model] = prosparse::check_norm(x, residual, weight);
+  STD_TORCH_CHECK(dtype != Dtype::kFloat32, "x must be bfloat16 or float16 on a GPU");
+  STD_TORCH_CHECK(d_model <= prosparse::cuda::kMaxNormWidth, "x is wider than ", prosparse::cuda::kMaxNormWidth);
+  const OnDeviceOf on_device(x);
+  Tensor y = matrix(x, rows, d_model, x.scalar_type()), sum = matrix(x, rows, d_model, x.scalar_type());
+  check(prosparse::cuda::launch_add_rms_norm(dtype, rows, d_model, x.const_data_ptr(), residual.const_data_ptr(),
+                                             weight.const_data_ptr(), static_cast<float>(epsilon), y.mutable_data_ptr(),
+                                             sum.mutable_data_ptr(), on_device.stream()),
+        "the norm kernel");
+  return {y, sum};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(prosparse, CUDA, library) {
+  library.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   library.impl("sparse_gated_ffn", TORCH_BOX(&sparse_gated_ffn));
   library.impl("sparse_gate", TORCH_BOX(&sparse_gate));
   library.impl("gated_activation", TORCH_BOX(&gated_activation));

@@ -20,8 +20,8 @@ struct Shape {
   int64_t d_ff;     // a multiple of 8
 };
 
-// The most rows launch_sparse_ffn and launch_gate take on the current device, at most 16: as many rows of x as its shared memory
-// holds. 0 where there are no kernels for the dtype.
+// The most rows launch_sparse_ffn and launch_gate take on the current device: as many rows of x as its multiprocessors hold, one
+// each at most 16, two together, from compute capability 9.0 on, 32 of up to 4096 values. 0 where there are no kernels for the dtype.
 int max_rows(Dtype dtype, int64_t d_model);
 
 // Bytes of scratch memory one launch_sparse_ffn needs; they need not be initialised.
@@ -49,5 +49,13 @@ size_t activation_workspace(const Shape& shape);
 // of which the last four get rows, gates above the threshold and up values above it.
 cudaError_t launch_activation(Dtype dtype, const Shape& shape, const void* gate_up_out, float threshold, bool drelu,
                               const bool* is_padding, void* h, int64_t* counters, void* workspace, cudaStream_t stream);
+
+// The widest row launch_add_rms_norm takes.
+constexpr int64_t kMaxNormWidth = 32768;
+
+// sum [rows, d_model] = x + residual, y = sum / sqrt(mean(sum^2) + epsilon) * weight [d_model]; computed in float32, bfloat16 or
+// float16 in memory. y and sum overlap no argument. Lets the kernel behind it start early: see the top of this file.
+cudaError_t launch_add_rms_norm(Dtype dtype, int64_t rows, int64_t d_model, const void* x, const void* residual,
+                                const void* weight, float epsilon, void* y, void* sum, cudaStream_t stream);
 
 }  // namespace prosparse::cuda
