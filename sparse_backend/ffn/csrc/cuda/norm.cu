@@ -93,7 +93,7 @@ cudaError_t launch_typed(int64_t rows, int64_t d_model, const void* x, const voi
   const auto kernel = per_thread == 1   ? add_rms_norm_kernel<Pair, 1>
                       : per_thread == 2 ? add_rms_norm_kernel<Pair, 2>
                                         : add_rms_norm_kernel<Pair, kMaxChunksPerThread>;
-  return launch_early(kernel, dim3(static_cast<unsigned>(rows)), dim3(static_cast<unsigned>(threads)), 0, stream, 1,
+  return launch_early(kernel, dim3(static_cast<unsigned>(rows)), dim3(static_cast<unsigned>(threads)), 0, stream,
                       static_cast<const Chunk*>(x), static_cast<const Chunk*>(residual), static_cast<const Chunk*>(weight),
                       epsilon, static_cast<Chunk*>(y), static_cast<Chunk*>(sum), chunks);
 }
