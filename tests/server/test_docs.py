@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+from server.admission import Admission
+from server.health import Health
+from server.limits import AdmissionLimits
+from server.metrics import ServerMetrics
 from server.settings import Settings
 from server.telemetry import SparsityTelemetry
 from tests.server.test_telemetry import snapshot
@@ -30,5 +34,7 @@ async def test_the_metric_table_lists_the_metrics():
 
     telemetry = SparsityTelemetry()
     await telemetry.start(ask)
-    shown = [family.name + SUFFIXES.get(family.type, "") for family in telemetry.collect()]
+    own = ServerMetrics(Health(1), Admission(AdmissionLimits())).registry
+    families = [*telemetry.collect(), *own.collect()]
+    shown = [family.name + SUFFIXES.get(family.type, "") for family in families]
     assert sorted(first_column("Metrics")) == sorted(shown)
