@@ -56,7 +56,7 @@ from server.progress import say
 from server.record import RequestRecord, current_request
 from server.settings import Settings
 from server.watchdog import Watchdog
-from sparse_backend.checkpoint import MODEL_CLASS, Checkpoint
+from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
 from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
 
@@ -119,7 +119,7 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     arguments.model = str(checkpoint.folder)
     arguments.served_model_name = [settings.served_model_name or checkpoint.folder.resolve().name]
     arguments.dtype = checkpoint.engine_dtype(settings.dtype, float16=not current_platform.is_cpu())
-    arguments.hf_overrides = {"architectures": [MODEL_CLASS]}
+    arguments.hf_overrides = {"architectures": [checkpoint.model_class]}
     arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path}}
     arguments.worker_extension_cls = "sparse_backend.vllm_plugin.worker.SparsityWorkerExtension"
     if settings.max_tokens is not None:

@@ -28,6 +28,8 @@ class LayerSnapshot(TypedDict):
     """Neurons of the layer."""
     max_sparse_rows: int
     """Steps of at most this many rows take the sparse path."""
+    dense_reason: str
+    """Why the layer is computed densely by vLLM's own linear layers: "lora" or "quantization"; "" where it is not."""
     paths: dict[Path, PathCounts]
 
 
