@@ -47,6 +47,11 @@ class SparseGatedMLP(nn.Module):
         self.gated_ffn = sparse_gated_ffn if current_platform.is_cpu() else sparse_gated_ffn_of_real_rows
         self.register_buffer("counters", counters.new_counters(self.gate_up_proj.weight.device), persistent=False)
 
+    @property
+    def neuron_bytes(self) -> int:
+        """Bytes of one neuron's row in one of the matrices gate, up and down."""
+        return self.gate_up_proj.weight[0].nbytes
+
     def make_neuron_major(self) -> None:
         """Transpose down_proj once, in place of the original, so that a neuron's down weights are contiguous."""
         weight = self.down_proj.weight
