@@ -68,7 +68,7 @@ def _busy(rows: int) -> SparsitySnapshot:
                 "d_ff": 8,
                 "neuron_bytes": 16,
                 "max_sparse_rows": 1,
-                "paths": {path: counts for path in PATHS},
+                "paths": dict.fromkeys(PATHS, counts),
             }
         ],
     }
