@@ -13,15 +13,6 @@ import yaml
 DASHBOARDS = Path(__file__).parent / "grafana" / "dashboards"
 RULES = Path(__file__).parent / "prometheus" / "rules"
 
-# Grafana's variables, as text that any Prometheus takes.
-_VARIABLES = {
-    "$job": ".+",
-    "$instance": ".+",
-    "$model": ".+",
-    "$__rate_interval": "1m",
-    "$__range": "5m",
-}
-
 
 @dataclass(frozen=True)
 class Expression:
@@ -45,9 +36,11 @@ def dashboard_expressions() -> Iterator[Expression]:
     for board in boards():
         for panel in board["panels"]:
             for target in panel.get("targets", []):
-                yield Expression(f"{board['title']}: {panel['title']}", _plain(target["expr"]), "panel")
+                yield Expression(f"{board['title']}: {panel['title']}", without_variables(target["expr"]), "panel")
         for annotation in board["annotations"]["list"]:
-            yield Expression(f"{board['title']}: {annotation['name']}", _plain(annotation["expr"]), "annotation")
+            yield Expression(
+                f"{board['title']}: {annotation['name']}", without_variables(annotation["expr"]), "annotation"
+            )
 
 
 def rule_expressions() -> Iterator[Expression]:
@@ -57,6 +50,14 @@ def rule_expressions() -> Iterator[Expression]:
             for rule in group["rules"]:
                 kind = "alert" if "alert" in rule else "record"
                 yield Expression(rule[kind], rule["expr"], kind)
+
+
+def without_variables(expression: str, *, rate: str = "1m", time_range: str = "5m") -> str:
+    """A dashboard's expression as any Prometheus takes it: every server chosen, and Grafana's two ranges as given."""
+    values = {"job": ".+", "instance": ".+", "__rate_interval": rate, "__range": time_range}
+    for variable, value in values.items():
+        expression = re.sub(rf"\${variable}\b", value, expression)
+    return expression
 
 
 def selectors(expression: str) -> list[promql_parser.VectorSelector]:
@@ -78,9 +79,3 @@ def selectors(expression: str) -> list[promql_parser.VectorSelector]:
 def metrics(expression: str) -> set[str]:
     """The names of the series that an expression reads."""
     return {str(selector.name) for selector in selectors(expression)}
-
-
-def _plain(expression: str) -> str:
-    for variable, text in _VARIABLES.items():
-        expression = re.sub(re.escape(variable) + r"\b", text, expression)
-    return expression

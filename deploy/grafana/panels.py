@@ -207,7 +207,6 @@ def bars(
     *,
     unit: str,
     steps: Steps = PLAIN,
-    lowest: float | None = 0,
     highest: float | None = None,
     width: int = 8,
     height: int = 8,
@@ -224,7 +223,7 @@ def bars(
         reduce_options=common.ReduceDataOptions(calcs=["lastNotNull"]),
         legend=common.VizLegendOptions(show_legend=False),
     )
-    defaults = dashboard.FieldConfig(unit=unit, min_val=lowest, max_val=highest, thresholds=steps.config())
+    defaults = dashboard.FieldConfig(unit=unit, min_val=0, max_val=highest, thresholds=steps.config())
     query = replace(query, instant=True)
     return _tile("bargauge", title, description, [query], options, defaults, width=width, height=height)
 

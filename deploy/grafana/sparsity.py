@@ -136,7 +136,7 @@ def _now() -> list[Tile]:
 
 
 def _layers() -> list[Tile]:
-    deviation = f"{density('layer')} / {gauge('avg', 'sparse_ffn_expected_density', by='layer')} - 1"
+    against = f"{density('layer')} / {gauge('avg', 'sparse_ffn_expected_density', by='layer')}"
     return [
         heat(
             "Density by layer over time",
@@ -147,14 +147,13 @@ def _layers() -> list[Tile]:
             axis="layer",
         ),
         bars(
-            "Deviation from the checkpoint",
-            "Density against that on held-out text when the checkpoint was made; 0 %: as measured then. Empty for a checkpoint"
-            " without a manifest. Red is where ProSparseDensityDrift fires if it lasts.",
-            Query(two_digits(deviation), "layer {{layer}}"),
+            "Density against the checkpoint's",
+            "100 %: as dense as on held-out text when the checkpoint was made. Empty for a checkpoint without a manifest. Red is"
+            " where ProSparseDensityDrift fires if it lasts.",
+            Query(two_digits(against), "layer {{layer}}"),
             unit="percentunit",
-            steps=Steps(BAD, [(-0.5, WARN), (-0.25, GOOD), (0.25, WARN), (0.5, BAD)]),
-            lowest=-1,
-            highest=1,
+            steps=Steps(BAD, [(0.5, WARN), (0.75, GOOD), (1.25, WARN), (1.5, BAD)]),
+            highest=2,
             height=10,
         ),
     ]
