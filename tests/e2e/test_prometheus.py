@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from deploy.queries import Expression, dashboard_expressions, rule_expressions, selectors
+from deploy.grafana import mockup
+from deploy.queries import Expression, boards, dashboard_expressions, rule_expressions, selectors
 from tests.deploy.prometheus import MISSING, Prometheus, program
 from tests.deploy.test_metrics import TO_COME
 from tests.e2e.servers import Server
@@ -99,6 +100,15 @@ def test_every_series_that_a_rule_reads_is_there(prometheus, rule):
         and not finds(prometheus.query(f"last_over_time({text}[1m])"))
     ]
     assert missing == []
+
+
+def test_the_documentations_picture_can_be_drawn(prometheus):
+    (board,) = (board for board in boards() if board["uid"] == "prosparse-sparsity")
+    figure = mockup.draw(board, mockup.Source(prometheus.url, LOAD / 60))
+    shown = [text.get_text() for text in figure.texts]
+    assert {panel["title"] for panel in board["panels"]} <= set(shown)
+    assert shown[shown.index("Sparse path") + 1].endswith(" %")
+    assert len([axes for axes in figure.axes if axes.has_data()]) > len(board["panels"]) / 2
 
 
 def test_the_table_of_what_is_empty_names_what_there_is():
