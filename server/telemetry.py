@@ -24,9 +24,6 @@ MIN_INTERVAL = 1.0
 # Seconds a scrape waits for the engine before it serves the counters of last time.
 TIMEOUT = 2.0
 
-# The same for a readiness probe, which orchestrators by default give up on after one second.
-PROBE_TIMEOUT = 0.5
-
 
 @dataclass(frozen=True)
 class _Sums:
@@ -76,7 +73,7 @@ class SparsityTelemetry(Collector):
         self._snapshots: deque[tuple[float, SparsitySnapshot]] = deque()
         self._question: asyncio.Task[None] | None = None
         self._asked_at = 0.0
-        self._owed_since: float | None = None
+        self._owed = False
         self._answers = 0
         self._answer_seconds = 0.0
         self._failures = 0
@@ -97,43 +94,38 @@ class SparsityTelemetry(Collector):
         """
         self._ask = ask
         self._asked_at = self._clock()
+        self._snapshots.clear()
         self._record(await ask())
 
+    def stop(self) -> None:
+        """The engine is gone: ask nothing any more, and show its last counters until the next ``start``."""
+        self._ask = None
+        self._owed = False
+        if self._question is not None:
+            self._question.cancel()
+
     async def refresh(self) -> None:
-        """Bring the counters up to date; an engine that fails or is silent for ``TIMEOUT`` seconds leaves the last ones."""
-        await self._bring_up_to_date(TIMEOUT)
-        if self._owed_since is not None:
-            self._failures += 1
+        """Bring the counters up to date; an engine that fails or is silent for ``TIMEOUT`` seconds leaves the last ones.
 
-    async def unanswered(self) -> float:
-        """Ask the engine for a sign of life; returns for how many seconds it has owed an answer, 0 if it gave one.
-
-        An engine that fails to answer owes one just as a silent one does.
-        """
-        await self._bring_up_to_date(PROBE_TIMEOUT)
-        return 0.0 if self._owed_since is None else self._clock() - self._owed_since
-
-    async def _bring_up_to_date(self, patience: float) -> None:
-        """Ask, unless the last question is recent, and wait ``patience`` seconds.
-
-        One question is out at a time: a hung engine is asked once, and every caller waits for that answer.
+        One question is out at a time, at most one in ``MIN_INTERVAL``: a hung engine is asked once, and every caller waits
+        for that answer.
         """
         if self._ask is None:
             return
-        if self._question is None:
-            if self._clock() - self._asked_at < MIN_INTERVAL:
-                return
+        if self._question is None and self._clock() - self._asked_at >= MIN_INTERVAL:
             self._asked_at = self._clock()
-            if self._owed_since is None:
-                self._owed_since = self._asked_at
+            self._owed = True
             self._question = asyncio.create_task(self._fetch(self._ask))
-        await asyncio.wait({self._question}, timeout=patience)
+        if self._question is not None:
+            await asyncio.wait({self._question}, timeout=TIMEOUT)
+        if self._owed:
+            self._failures += 1
 
     async def _fetch(self, ask: Callable[[], Awaitable[list[SparsitySnapshot]]]) -> None:
         try:
             self._record(await ask())
         except Exception:
-            # Whatever went wrong in the engine, a scrape must still be answered; the counter and /readyz tell of it.
+            # Whatever went wrong in the engine, a scrape must still be answered; the counter tells of it.
             logger.warning("the sparsity counters could not be read", exc_info=True)
         finally:
             self._question = None
@@ -143,7 +135,7 @@ class SparsityTelemetry(Collector):
         self._answers += 1
         self._answer_seconds += now - self._asked_at
         self._snapshots.append((now, merge(snapshots)))
-        self._owed_since = None
+        self._owed = False
         while len(self._snapshots) > 1 and self._snapshots[1][0] <= now - WINDOW:
             self._snapshots.popleft()
 

@@ -30,6 +30,8 @@ class LayerSnapshot(TypedDict):
     """Bytes of one neuron's row in one of the matrices gate, up and down: d_model elements."""
     max_sparse_rows: int
     """Steps of at most this many rows take the sparse path."""
+    dense_reason: str
+    """Why the layer is computed densely by vLLM's own linear layers: "lora" or "quantization"; "" where it is not."""
     paths: dict[Path, PathCounts]
 
 

@@ -7,7 +7,6 @@ import threading
 
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from sparse_backend.checkpoint import Checkpoint
 from tests.e2e.conftest import DEMO
@@ -22,12 +21,6 @@ SCHEMA = {
     "required": ["kind", "lines"],
     "additionalProperties": False,
 }
-
-
-def metrics(server) -> dict:
-    """{(name, labels as a frozen set of pairs): value} of one scrape."""
-    families = text_string_to_metric_families(server.get("/metrics").text)
-    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
 
 def by_layer(shown: dict, name: str) -> dict[str, float]:
@@ -205,7 +198,7 @@ def test_a_bad_schema_fails_its_own_request_only(client):
 def test_metrics_show_the_sparsity_of_what_is_generated(server, client):
     checkpoint = Checkpoint.open(DEMO)
     layers = {str(index) for index in range(checkpoint.n_layers)}
-    before = metrics(server)
+    before = server.metrics()
     stop = threading.Event()
 
     def generate() -> None:
@@ -218,7 +211,7 @@ def test_metrics_show_the_sparsity_of_what_is_generated(server, client):
         scrapes = []
         while len(scrapes) < 3:
             stop.wait(1.5)
-            scrapes.append(metrics(server))
+            scrapes.append(server.metrics())
     finally:
         stop.set()
         load.join(60)

@@ -9,6 +9,7 @@ def layer(index: int, active: int, union: int, rows: int = 10, steps: int = 2) -
         "d_ff": 64,
         "neuron_bytes": 32,
         "max_sparse_rows": 4,
+        "dense_reason": "",
         "paths": {
             "sparse": {"rows": rows, "active": active, "union": union, "steps": steps},
             "dense": {"rows": 0, "active": 0, "union": 0, "steps": 0},

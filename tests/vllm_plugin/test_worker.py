@@ -14,7 +14,15 @@ D_FF = 64
 
 def mlp(index: int):
     counts = torch.arange(8).reshape(2, 4) + 10 * index
-    return SimpleNamespace(layer_index=index, d_ff=D_FF, neuron_bytes=32, max_sparse_rows=4, counters=counts)
+    return SimpleNamespace(
+        layer_index=index,
+        d_ff=D_FF,
+        neuron_bytes=32,
+        max_sparse_rows=4,
+        counters=counts,
+        drelu=False,
+        dense_reason="",
+    )
 
 
 class Worker(SparsityWorkerExtension):
