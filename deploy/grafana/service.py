@@ -125,7 +125,8 @@ def _traffic() -> list[Tile]:
         ),
         lines(
             "Rejections by reason",
-            "Requests per second that admission turned away with a 429, by the limit that was reached.",
+            "Requests per second that were refused, by reason: a limit of the queue, a key's rate, what they ask for, their size"
+            " or time, a server that is not ready.",
             [Query(total("sparse_requests_rejected_total", by="reason"), "{{reason}}")],
             unit="reqps",
             stacked=True,
@@ -196,8 +197,8 @@ def _load() -> list[Tile]:
             dashed="queue limit",
         ),
         lines(
-            "Prompt tokens queued",
-            "Tokens of the requests that wait for admission.",
+            "Tokens queued",
+            "Tokens that the waiting requests may take, prompts and answers together.",
             [
                 Query(gauge("sum", "sparse_queued_tokens"), "queued"),
                 Query(gauge("sum", "sparse_queue_limit_tokens"), "limit"),

@@ -3,8 +3,12 @@
 import itertools
 from pathlib import Path
 
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric
 
+from server.admission import Admission
+from server.errors import RefusalError
+from server.health import Health
+from server.metrics import ServerMetrics
 from server.settings import Settings
 from server.telemetry import MIN_INTERVAL, SparsityTelemetry
 from sparse_backend.checkpoint import Checkpoint
@@ -42,7 +46,16 @@ async def ours() -> list[Metric]:
 
     await telemetry.start(ask)
     await telemetry.refresh()
-    return list(telemetry.collect())
+    return [*telemetry.collect(), *_servers().collect()]
+
+
+def _servers() -> CollectorRegistry:
+    """Of a server that has answered a request and refused one."""
+    metrics = ServerMetrics(Health(stall_timeout=1), Admission(Settings.load({"model": DEMO})))
+    metrics.serves("demo")
+    metrics.answered("/v1/completions", 200)
+    metrics.rejected(RefusalError(429, "", reason="queue_requests"))
+    return metrics.registry
 
 
 def vllms() -> list[Metric]:

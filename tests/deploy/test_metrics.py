@@ -12,17 +12,6 @@ BUILT_IN = {"up", "ALERTS"}
 
 # Temporary: metrics that branches not merged yet will export. To be gone with them.
 TO_COME = {
-    "sparse_server_info": {"model", "version"},
-    "sparse_ready": set(),
-    "sparse_engine_restarts_total": {"reason"},
-    "sparse_engine_seconds_without_progress": set(),
-    "sparse_http_requests_total": {"path", "status"},
-    "sparse_requests_rejected_total": {"reason"},
-    "sparse_requests_admitted": set(),
-    "sparse_requests_queued": set(),
-    "sparse_queued_tokens": set(),
-    "sparse_queue_limit_requests": set(),
-    "sparse_queue_limit_tokens": set(),
     "sparse_request_density_bucket": set(),
     "sparse_cost_error_ratio": {"path"},
     "sparse_scheduler_decisions_total": {"decision"},
