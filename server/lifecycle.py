@@ -51,6 +51,7 @@ class Server:
         self._admission = Admission(settings)
         self._rates = KeyRates(settings)
         self._metrics = ServerMetrics(self._health, self._admission)
+        self._metrics.serves(settings.model_name)
         self._registries: list[Callable[[], CollectorRegistry]] = [lambda: self._metrics.registry]
         self._operations = operations_routers(self._health, self._telemetry, self._registries)
         self._door = FrontDoor(self._health, operations_app(self._operations))

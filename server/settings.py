@@ -171,6 +171,11 @@ class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
         _check_vllm_flags(settings.vllm_flags)
         return settings
 
+    @property
+    def model_name(self) -> str:
+        """The name that clients give as ``model``."""
+        return self.served_model_name or self.model.resolve().name
+
 
 def flag_of(name: str) -> str:
     """The command-line spelling of a setting."""

@@ -117,7 +117,7 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
             "--dtype float16 needs a GPU: on a CPU we compute in bfloat16 or float32. Give one of these, or leave it out."
         )
     arguments.model = str(checkpoint.folder)
-    arguments.served_model_name = [settings.served_model_name or checkpoint.folder.resolve().name]
+    arguments.served_model_name = [settings.model_name]
     arguments.dtype = checkpoint.engine_dtype(settings.dtype, float16=not current_platform.is_cpu())
     arguments.hf_overrides = {"architectures": [checkpoint.model_class]}
     arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path}}

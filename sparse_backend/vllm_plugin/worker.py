@@ -76,6 +76,7 @@ def _layer_snapshot(mlp: SparseGatedMLP, counts: list[list[int]]) -> LayerSnapsh
     return {
         "layer": str(mlp.layer_index),
         "d_ff": mlp.d_ff,
+        "neuron_bytes": mlp.neuron_bytes,
         "max_sparse_rows": mlp.max_sparse_rows,
         "dense_reason": mlp.dense_reason,
         "paths": path_counts(counts),

@@ -43,7 +43,7 @@ async def test_metrics_show_ours_and_those_of_other_registries():
     async with build() as client:
         response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
-    assert 'sparse_checkpoint_density{layer="0"} 0.5' in response.text
+    assert 'sparse_ffn_expected_density{layer="0"} 0.5' in response.text
     assert "sparse_ready 1.0" in response.text
     assert "vllm:running 3.0" in response.text
 
