@@ -24,6 +24,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs
@@ -112,6 +113,12 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
             f" (max_position_embeddings) that {checkpoint.folder} was made for. Give at most that, or leave it out."
         )
     _check_neurons_per_rank(arguments.tensor_parallel_size, checkpoint)
+    if arguments.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
+        raise UserError(
+            "cudagraph_mode FULL (after `--`) puts the attention of mixed steps, prefill beside decoding, into CUDA graphs, and"
+            f" vLLM {VLLM_VERSION} then gives wrong text with FlashAttention 3. Leave it out (FULL_AND_PIECEWISE), or give"
+            " FULL_DECODE_ONLY."
+        )
     if settings.dtype == "float16" and current_platform.is_cpu():
         raise UserError(
             "--dtype float16 needs a GPU: on a CPU we compute in bfloat16 or float32. Give one of these, or leave it out."

@@ -92,6 +92,7 @@ async def test_the_workers_are_asked_until_all_have_their_counters(compat, monke
         (("stray",), "has no flag stray"),
         (("--max-model-len", "257"), "--max-model-len 257 is longer than the 256 tokens"),
         (("--max-model-len", "1k"), "--max-model-len 1000 is longer"),
+        (("-cc.cudagraph_mode=FULL",), r"cudagraph_mode FULL .* gives wrong text with FlashAttention 3"),
         (("--tensor-parallel-size", "3"), r"--tensor-parallel-size 3 would give each rank 85\.3333 of the 256 neurons"),
         (("-tp", "64"), r"--tensor-parallel-size 64 would give each rank 4 .* Give a number that divides 32"),
         # Front-end flags of vLLM's that our server replaces are not even known.
