@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp
 
 from server.auth import ApiKeyMiddleware
@@ -14,10 +15,16 @@ from server.telemetry import SparsityTelemetry
 TITLE = "ProSparse Serve"
 
 
-def metrics_router(telemetry: SparsityTelemetry, registries: Iterable[Callable[[], CollectorRegistry]]) -> APIRouter:
+def metrics_router(
+    telemetry: SparsityTelemetry,
+    registries: Iterable[Callable[[], CollectorRegistry]],
+    collectors: Iterable[Collector],
+) -> APIRouter:
     """``/metrics``: ours, then those of each registry (looked up at every scrape)."""
     own = CollectorRegistry()
     own.register(telemetry)
+    for collector in collectors:
+        own.register(collector)
     router = APIRouter(tags=["operations"])
 
     @router.get(METRICS_PATH, summary="Metrics for Prometheus", response_class=Response)
@@ -52,7 +59,10 @@ def with_keys(door: FrontDoor, keys: list[str]) -> ASGIApp:
 
 
 def operations_routers(
-    health: Health, telemetry: SparsityTelemetry, registries: Iterable[Callable[[], CollectorRegistry]]
+    health: Health,
+    telemetry: SparsityTelemetry,
+    registries: Iterable[Callable[[], CollectorRegistry]],
+    collectors: Iterable[Collector] = (),
 ) -> list[APIRouter]:
     """Probes and metrics."""
-    return [probe_router(health), metrics_router(telemetry, registries)]
+    return [probe_router(health), metrics_router(telemetry, registries, collectors)]

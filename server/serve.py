@@ -17,12 +17,14 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from server.app import api_app, operations_app, operations_routers, with_keys
+from server.batching import BatchingTelemetry, batching_settings
 from server.health import FrontDoor, Health
 from server.progress import say, write_logging_config
 from server.settings import Settings, add_flags
 from server.telemetry import SparsityTelemetry
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
+from sparse_backend.vllm_plugin.batching import SETTINGS_VARIABLE
 
 if TYPE_CHECKING:
     from server.vllm_compat import Engine
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         verified = "every file matches its manifest" if checkpoint.manifest else "no manifest"
         say(f"checkpoint {settings.model}: {checkpoint.activation}, {checkpoint.n_layers} layers, {verified}")
         with _listen(settings.host, settings.port) as listener:
-            return uvloop.run(Server(settings, checkpoint, keys, began).run(listener))
+            return uvloop.run(Server(settings, checkpoint, keys, began, Path(folder)).run(listener))
 
 
 def prepare_environment(settings: Settings, folder: Path) -> None:
@@ -65,6 +67,7 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
         "VLLM_LOGGING_LEVEL": settings.log_level.upper(),
         # Sockets between vLLM's processes, in a folder that only this user can enter and that goes with the server.
         "VLLM_RPC_BASE_PATH": str(folder),
+        SETTINGS_VARIABLE: batching_settings(settings, folder).model_dump_json(),
     }
     if settings.log_level == "warning" and not {"VLLM_LOGGING_CONFIG_PATH", "VLLM_LOGGING_LEVEL"} & os.environ.keys():
         defaults["VLLM_LOGGING_CONFIG_PATH"] = str(folder / "logging.json")
@@ -114,15 +117,17 @@ class _HttpServer(uvicorn.Server):
 class Server:
     """One run of the server, from listening to exit."""
 
-    def __init__(self, settings: Settings, checkpoint: Checkpoint, keys: list[str], began: float) -> None:
+    def __init__(self, settings: Settings, checkpoint: Checkpoint, keys: list[str], began: float, folder: Path) -> None:
         self._settings = settings
         self._checkpoint = checkpoint
         self._keys = keys
         self._began = began
+        self._folder = folder
         self._telemetry = SparsityTelemetry(checkpoint.layer_densities)
         self._health = Health(self._telemetry.unanswered)
         self._registries: list[Callable[[], CollectorRegistry]] = []
-        self._operations = operations_routers(self._health, self._telemetry, self._registries)
+        self._batching = BatchingTelemetry(settings.batching)
+        self._operations = operations_routers(self._health, self._telemetry, self._registries, [self._batching])
         self._door = FrontDoor(self._health, operations_app(self._operations))
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -149,6 +154,7 @@ class Server:
             )
         )
         answering = asyncio.create_task(http.serve(sockets=[listener]))
+        await self._batching.listen(self._folder)
         try:
             engine = await self._start_engine()
             if engine is not None:
@@ -156,6 +162,7 @@ class Server:
         finally:
             http.should_exit = True
             http.force_exit = self._stop_now.is_set()
+            self._batching.close()
             await answering
         return self._exit_status
 

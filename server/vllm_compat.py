@@ -48,6 +48,7 @@ from server.progress import say
 from server.settings import Settings
 from sparse_backend.checkpoint import MODEL_CLASS, Checkpoint
 from sparse_backend.errors import UserError
+from sparse_backend.vllm_plugin.batching import SCHEDULER
 from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
 
 __all__ = ["Engine", "attach", "get_prometheus_registry", "parse_flags"]
@@ -107,7 +108,8 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     arguments.served_model_name = [settings.served_model_name or checkpoint.folder.resolve().name]
     arguments.dtype = checkpoint.engine_dtype(settings.dtype, float16=not current_platform.is_cpu())
     arguments.hf_overrides = {"architectures": [MODEL_CLASS]}
-    arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path}}
+    arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path, "count_rows": True}}
+    arguments.scheduler_cls = SCHEDULER
     arguments.worker_extension_cls = "sparse_backend.vllm_plugin.worker.SparsityWorkerExtension"
     arguments.use_tqdm_on_load = settings.log_level in ("debug", "info")
     if current_platform.is_cpu():

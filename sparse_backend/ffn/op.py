@@ -14,7 +14,7 @@ _ALIGNMENT = 16
 _library = torch.library.Library("prosparse", "DEF")
 _library.define(
     "sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, float threshold, Tensor(a!) counters, int max_sparse_rows,"
-    " Tensor? is_padding=None) -> Tensor",
+    " Tensor? is_padding=None, Tensor(b!)? row_active=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
@@ -30,6 +30,7 @@ def sparse_gated_ffn(
     counters: torch.Tensor,
     max_sparse_rows: int,
     is_padding: torch.Tensor | None = None,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gated feed-forward layer: y = (gate * active * up) @ down_t, gate and up = x @ gate_up^T.
 
@@ -50,6 +51,7 @@ def sparse_gated_ffn(
         counters: int64 [2, 4], see ``sparse_backend.ffn.counters``; this call is added to it.
         max_sparse_rows: 0 always takes the dense path. It is compared with all rows, those of padding included.
         is_padding: bool [rows]; rows where it is True are neither computed nor counted, and their y is 0. None: no padding.
+        row_active: int32, at least [rows]; the active neurons of row i are added to element i, modulo 2^32. None: not counted.
 
     d_model and d_ff are multiples of 8; all tensors are on one device and contiguous; x and the weights start at a multiple of
     16 bytes.
@@ -57,7 +59,9 @@ def sparse_gated_ffn(
     Raises:
         RuntimeError: a tensor has another dtype, shape, layout or device; the message names it.
     """
-    return torch.ops.prosparse.sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding)
+    return torch.ops.prosparse.sparse_gated_ffn(
+        x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding, row_active
+    )
 
 
 def gate_values(x: torch.Tensor, gate_up: torch.Tensor, max_sparse_rows: int) -> torch.Tensor:
@@ -80,6 +84,7 @@ def _(
     counters: torch.Tensor,
     max_sparse_rows: int,
     is_padding: torch.Tensor | None = None,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(x)
 
@@ -97,13 +102,14 @@ def _without_kernels(
     counters: torch.Tensor,
     max_sparse_rows: int,
     is_padding: torch.Tensor | None = None,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What runs where the device's kernels are not loaded: loads them if it can, else computes densely in any case."""
     if native.load(x.device.type):
-        return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding)
-    check_arguments(x, gate_up, down_t, threshold, counters, is_padding)
+        return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding, row_active)
+    check_arguments(x, gate_up, down_t, threshold, counters, is_padding, row_active)
     native.warn_of_reference(x.device.type)
-    return reference.dense_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding)
+    return reference.dense_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, row_active)
 
 
 def check_arguments(
@@ -113,6 +119,7 @@ def check_arguments(
     threshold: float,
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
+    row_active: torch.Tensor | None = None,
 ) -> None:
     """Refuse what csrc/arguments.h refuses, in the same words, so that the reference takes nothing the kernels would not."""
 
@@ -166,6 +173,16 @@ def check_arguments(
             f"is_padding must be a contiguous bool tensor of shape [rows] = [{rows}]",
         )
         check_device(is_padding, "is_padding")
+    if row_active is not None:
+        rows = x.shape[0]
+        check(
+            row_active.dtype == torch.int32
+            and row_active.is_contiguous()
+            and row_active.dim() == 1
+            and row_active.shape[0] >= rows,
+            f"row_active must be a contiguous int32 tensor of at least [rows] = [{rows}]",
+        )
+        check_device(row_active, "row_active")
 
 
 # For every device. The kernels that a native library registers for its own device go before it.

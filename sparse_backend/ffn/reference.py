@@ -17,8 +17,17 @@ def active_neurons(gate: torch.Tensor, threshold: float) -> torch.Tensor:
     return ~(gate.float() <= threshold)
 
 
-def count(counters: torch.Tensor, path: int, active: torch.Tensor, is_padding: torch.Tensor | None = None) -> None:
-    """Add one call with the active neurons ``active`` [rows, d_ff] to ``counters`` [2, 4]; rows of padding are left out."""
+def count(
+    counters: torch.Tensor,
+    path: int,
+    active: torch.Tensor,
+    is_padding: torch.Tensor | None = None,
+    row_active: torch.Tensor | None = None,
+) -> None:
+    """Add one call with the active neurons ``active`` [rows, d_ff] to ``counters`` [2, 4] and, per row, to ``row_active``.
+
+    Rows of padding are left out.
+    """
     if active.shape[0] == 0:
         return
     rows, steps = active.shape[0], 1
@@ -30,6 +39,8 @@ def count(counters: torch.Tensor, path: int, active: torch.Tensor, is_padding: t
     counters[path, ACTIVE] += active.sum()
     counters[path, UNION] += active.any(dim=0).sum()
     counters[path, STEPS] += steps
+    if row_active is not None:
+        row_active[: active.shape[0]] += active.sum(dim=1, dtype=torch.int32)
 
 
 def without_padding(x: torch.Tensor, is_padding: torch.Tensor | None) -> torch.Tensor:
@@ -44,6 +55,7 @@ def sparse_gated_ffn(
     threshold: float,
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = (gate * active * up) @ down_t in float32 throughout, rounded once to the dtype of x: the definition.
 
@@ -54,12 +66,13 @@ def sparse_gated_ffn(
         threshold: a neuron is active above it.
         counters: int64 [2, 4], counted as the sparse path.
         is_padding: bool [rows], the rows that are not counted and whose y is 0; None for none.
+        row_active: int32, at least [rows], to which each row's active neurons are added; None for not counting them.
     """
     d_ff = down_t.shape[0]
     x = without_padding(x, is_padding)
     gate, up = (x.float() @ gate_up.float().t()).split(d_ff, dim=1)
     active = active_neurons(gate, threshold)
-    count(counters, SPARSE, active, is_padding)
+    count(counters, SPARSE, active, is_padding, row_active)
     return (torch.where(active, gate, 0) * up @ down_t.float()).to(x.dtype)
 
 
@@ -70,10 +83,11 @@ def dense_gated_ffn(
     threshold: float,
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in the dtype of x, operation by operation as vLLM's dense FATReLU MLP does it; counted as the dense path."""
     d_ff = down_t.shape[0]
     gate, up = F.linear(without_padding(x, is_padding), gate_up).split(d_ff, dim=1)
     active = active_neurons(gate, threshold)
-    count(counters, DENSE, active, is_padding)
+    count(counters, DENSE, active, is_padding, row_active)
     return torch.where(active, gate, 0) * up @ down_t

@@ -45,6 +45,8 @@ class SparseGatedMLP(nn.Module):
         self.tp_size = self.down_proj.tp_size
         # On a CPU no step is padded, and an op less is called.
         self.gated_ffn = sparse_gated_ffn if current_platform.is_cpu() else sparse_gated_ffn_of_real_rows
+        self.row_active: torch.Tensor | None
+        self.register_buffer("row_active", None, persistent=False)
         self.register_buffer("counters", counters.new_counters(self.gate_up_proj.weight.device), persistent=False)
 
     def make_neuron_major(self) -> None:
@@ -52,9 +54,19 @@ class SparseGatedMLP(nn.Module):
         weight = self.down_proj.weight
         weight.data = weight.data.t().contiguous()
 
+    def count_rows(self, row_active: torch.Tensor) -> None:
+        """From now on, add each row's active neurons to ``row_active``, int32, which other layers may share."""
+        self.row_active = row_active
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map hidden states [rows, d_model] to [rows, d_model], same dtype."""
         y = self.gated_ffn(
-            x, self.gate_up_proj.weight, self.down_proj.weight, self.threshold, self.counters, self.max_sparse_rows
+            x,
+            self.gate_up_proj.weight,
+            self.down_proj.weight,
+            self.threshold,
+            self.counters,
+            self.max_sparse_rows,
+            row_active=self.row_active,
         )
         return tensor_model_parallel_all_reduce(y) if self.tp_size > 1 else y

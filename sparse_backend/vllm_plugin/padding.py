@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _library = torch.library.Library("prosparse", "FRAGMENT")
 _library.define(
     "sparse_gated_ffn_of_real_rows(Tensor x, Tensor gate_up, Tensor down_t, float threshold, Tensor(a!) counters,"
-    " int max_sparse_rows) -> Tensor",
+    " int max_sparse_rows, Tensor(b!)? row_active=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
@@ -31,12 +31,15 @@ def sparse_gated_ffn_of_real_rows(
     threshold: float,
     counters: torch.Tensor,
     max_sparse_rows: int,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``sparse_gated_ffn``, but rows that are padding of the current step are neither computed nor counted: their y is 0.
 
     Arguments, result and errors are those of ``sparse_backend.ffn.sparse_gated_ffn``.
     """
-    return torch.ops.prosparse.sparse_gated_ffn_of_real_rows(x, gate_up, down_t, threshold, counters, max_sparse_rows)
+    return torch.ops.prosparse.sparse_gated_ffn_of_real_rows(
+        x, gate_up, down_t, threshold, counters, max_sparse_rows, row_active
+    )
 
 
 def mask_is_refreshed() -> bool:
@@ -67,8 +70,9 @@ def _of_real_rows(
     threshold: float,
     counters: torch.Tensor,
     max_sparse_rows: int,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, _current_mask())
+    return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, _current_mask(), row_active)
 
 
 _library.impl("sparse_gated_ffn_of_real_rows", _of_real_rows, "CompositeExplicitAutograd")
@@ -82,5 +86,6 @@ def _(
     threshold: float,
     counters: torch.Tensor,
     max_sparse_rows: int,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(x)

@@ -49,7 +49,8 @@ inline Sizes check_gate(const Tensor& x, const Tensor& gate_up) {
 }
 
 inline Sizes check_gated_ffn(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, double threshold,
-                             const Tensor& counters, const std::optional<Tensor>& is_padding) {
+                             const Tensor& counters, const std::optional<Tensor>& is_padding,
+                             const std::optional<Tensor>& row_active) {
   const Sizes sizes = check_gate(x, gate_up);
   check_matrix(down_t, "down_t", x);
   STD_TORCH_CHECK(down_t.size(0) == sizes.d_ff && down_t.size(1) == sizes.d_model, "down_t must be [d_ff, d_model] = [",
@@ -64,6 +65,12 @@ inline Sizes check_gated_ffn(const Tensor& x, const Tensor& gate_up, const Tenso
                         is_padding->size(0) == sizes.rows,
                     "is_padding must be a contiguous bool tensor of shape [rows] = [", sizes.rows, "]");
     check_device(*is_padding, "is_padding", x);
+  }
+  if (row_active) {
+    STD_TORCH_CHECK(row_active->scalar_type() == ScalarType::Int && row_active->is_contiguous() && row_active->dim() == 1 &&
+                        row_active->size(0) >= sizes.rows,
+                    "row_active must be a contiguous int32 tensor of at least [rows] = [", sizes.rows, "]");
+    check_device(*row_active, "row_active", x);
   }
   return sizes;
 }

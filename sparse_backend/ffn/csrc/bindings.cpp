@@ -44,7 +44,7 @@ ThreadPool torch_threads() {
 
 // y of rows none of which is padding.
 Tensor compute(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, float threshold, const Tensor& counters,
-               bool sparse) {
+               int32_t* row_active, bool sparse) {
   const Shape shape{x.size(0), x.size(1), down_t.size(0)};
   const Dtype dtype = dtype_of(x);
   const ThreadPool pool = torch_threads();
@@ -54,11 +54,12 @@ Tensor compute(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, flo
   Counts counts;
   if (sparse) {
     counts = kernels().launch_sparse_ffn(dtype, shape, x.const_data_ptr(), gate_up.const_data_ptr(), down_t.const_data_ptr(),
-                                         threshold, y.mutable_data_ptr(), pool);
+                                         threshold, y.mutable_data_ptr(), row_active, pool);
   } else {
     const Tensor gate_up_out = linear(x, gate_up);
     Tensor h = matrix(x, shape.rows, shape.d_ff, x.scalar_type());
-    counts = kernels().launch_activation(dtype, shape, gate_up_out.const_data_ptr(), threshold, h.mutable_data_ptr(), pool);
+    counts = kernels().launch_activation(dtype, shape, gate_up_out.const_data_ptr(), threshold, h.mutable_data_ptr(), row_active,
+                                         pool);
     if (dtype == Dtype::kBFloat16 && kernels().launch_down_bf16) {
       kernels().launch_down_bf16(shape, h.const_data_ptr(), down_t.const_data_ptr(), y.mutable_data_ptr(), pool);
     } else {
@@ -74,11 +75,12 @@ Tensor compute(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, flo
 }
 
 Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshold, Tensor counters, int64_t max_sparse_rows,
-                        std::optional<Tensor> is_padding) {
+                        std::optional<Tensor> is_padding, std::optional<Tensor> row_active) {
   dtype_of(x);
-  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding);
+  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, row_active);
   const float limit = static_cast<float>(threshold);
   const bool sparse = sizes.rows <= max_sparse_rows;
+  int32_t* const row_counts = row_active ? static_cast<int32_t*>(row_active->mutable_data_ptr()) : nullptr;
   std::vector<int64_t> real;
   if (is_padding) {
     const bool* const padding = static_cast<const bool*>(is_padding->const_data_ptr());
@@ -87,7 +89,7 @@ Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshol
     }
   }
   const int64_t real_rows = static_cast<int64_t>(real.size());
-  if (!is_padding || real_rows == sizes.rows) return compute(x, gate_up, down_t, limit, counters, sparse);
+  if (!is_padding || real_rows == sizes.rows) return compute(x, gate_up, down_t, limit, counters, row_counts, sparse);
 
   const size_t row_bytes = sizes.d_model * (x.scalar_type() == ScalarType::Float ? 4 : 2);
   Tensor packed = matrix(x, real_rows, sizes.d_model, x.scalar_type());
@@ -95,12 +97,14 @@ Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshol
     std::memcpy(static_cast<char*>(packed.mutable_data_ptr()) + index * row_bytes,
                 static_cast<const char*>(x.const_data_ptr()) + real[index] * row_bytes, row_bytes);
   }
-  const Tensor packed_y = compute(packed, gate_up, down_t, limit, counters, sparse);
+  std::vector<int32_t> packed_counts(real_rows);
+  const Tensor packed_y = compute(packed, gate_up, down_t, limit, counters, packed_counts.data(), sparse);
   Tensor y = matrix(x, sizes.rows, sizes.d_model, x.scalar_type());
   std::memset(y.mutable_data_ptr(), 0, sizes.rows * row_bytes);
   for (int64_t index = 0; index < real_rows; ++index) {
     std::memcpy(static_cast<char*>(y.mutable_data_ptr()) + real[index] * row_bytes,
                 static_cast<const char*>(packed_y.const_data_ptr()) + index * row_bytes, row_bytes);
+    if (row_counts) row_counts[real[index]] += packed_counts[index];
   }
   return y;
 }

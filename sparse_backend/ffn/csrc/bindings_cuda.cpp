@@ -75,21 +75,22 @@ Tensor workspace(const Tensor& x, size_t bytes) {
 }
 
 Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshold, Tensor counters, int64_t max_sparse_rows,
-                        std::optional<Tensor> is_padding) {
+                        std::optional<Tensor> is_padding, std::optional<Tensor> row_active) {
   const Dtype dtype = dtype_of(x);
-  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding);
+  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, row_active);
   const Shape shape{sizes.rows, sizes.d_model, sizes.d_ff};
   const OnDeviceOf on_device(x);
   const float limit = static_cast<float>(threshold);
   const bool* const padding = is_padding ? static_cast<const bool*>(is_padding->const_data_ptr()) : nullptr;
   int64_t* const path = static_cast<int64_t*>(counters.mutable_data_ptr());
+  int32_t* const row_counts = row_active ? static_cast<int32_t*>(row_active->mutable_data_ptr()) : nullptr;
 
   if (shape.rows == 0) return matrix(x, 0, shape.d_model, x.scalar_type());
   if (shape.rows <= std::min<int64_t>(max_sparse_rows, prosparse::cuda::max_rows(dtype, shape.d_model))) {
     Tensor y = matrix(x, shape.rows, shape.d_model, x.scalar_type());
     const Tensor scratch = workspace(x, prosparse::cuda::sparse_ffn_workspace(dtype, shape));
     check(prosparse::cuda::launch_sparse_ffn(dtype, shape, x.const_data_ptr(), gate_up.const_data_ptr(), down_t.const_data_ptr(),
-                                             limit, padding, y.mutable_data_ptr(), path, scratch.mutable_data_ptr(),
+                                             limit, padding, y.mutable_data_ptr(), path, row_counts, scratch.mutable_data_ptr(),
                                              on_device.stream()),
           "the sparse feed-forward kernel");
     return y;
@@ -98,7 +99,7 @@ Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshol
   const Tensor h = matrix(x, shape.rows, shape.d_ff, x.scalar_type());
   const Tensor scratch = workspace(x, prosparse::cuda::activation_workspace(shape));
   check(prosparse::cuda::launch_activation(dtype, shape, gate_up_out.const_data_ptr(), limit, padding, h.mutable_data_ptr(),
-                                           path + 4, scratch.mutable_data_ptr(), on_device.stream()),
+                                           path + 4, row_counts, scratch.mutable_data_ptr(), on_device.stream()),
         "the activation kernel");
   return torch::stable::matmul(h, down_t);
 }

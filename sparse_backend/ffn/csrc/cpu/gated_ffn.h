@@ -127,7 +127,7 @@ void add_neurons(const SparseRoom<K>& room, int thread, Range range, const typen
 template <class K>
 int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64_t d_ff, const typename K::Weight* x,
                      const typename K::Weight* gate_up, const typename K::Weight* down_t, float threshold,
-                     typename K::Weight* y, ThreadPool pool, int threads) {
+                     typename K::Weight* y, int32_t* row_counts, ThreadPool pool, int threads) {
   room.input.fill(x, rows, d_model);
 
   auto find_active = [&](int thread) {
@@ -187,6 +187,7 @@ int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64
   int64_t active = 0;
   for (int r = 0; r < rows; ++r) {
     active += row_active[r];
+    if (row_counts) row_counts[r] += static_cast<int32_t>(row_active[r]);
     bool finite = true;
     for (int64_t c = 0; c < d_model; ++c) finite &= is_finite(x[r * d_model + c]);
     // With inf or NaN in x every up value is inf or NaN, and 0 * up of an inactive neuron is NaN: the dense product is NaN in
@@ -200,7 +201,8 @@ int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64
 
 template <class K>
 Counts sparse_ffn(Shape shape, const typename K::Weight* x, const typename K::Weight* gate_up,
-                  const typename K::Weight* down_t, float threshold, typename K::Weight* y, ThreadPool pool) {
+                  const typename K::Weight* down_t, float threshold, typename K::Weight* y, int32_t* row_active,
+                  ThreadPool pool) {
   const auto [rows, d_model, d_ff] = shape;
   const int threads = useful_threads(pool, d_ff * d_model * static_cast<int64_t>(sizeof(typename K::Weight)));
   const int chunk = static_cast<int>(smaller<int64_t>(rows, kChunkRows));
@@ -211,7 +213,7 @@ Counts sparse_ffn(Shape shape, const typename K::Weight* x, const typename K::We
   for (int64_t start = 0; start < rows; start += chunk) {
     const int count = static_cast<int>(smaller<int64_t>(chunk, rows - start));
     counts.active += sparse_chunk<K>(room, count, d_model, d_ff, x + start * d_model, gate_up, down_t, threshold,
-                                     y + start * d_model, pool, threads);
+                                     y + start * d_model, row_active ? row_active + start : nullptr, pool, threads);
   }
   for (int64_t n = 0; n < d_ff; ++n) counts.union_neurons += room.in_union[n];
   return counts;
@@ -253,7 +255,7 @@ void gate_values(Shape shape, const typename K::Weight* x, const typename K::Wei
 // ---- dense path --------------------------------------------------------------------------------------------------------------
 
 template <class Element>
-Counts activation(Shape shape, const Element* gate_up_out, float threshold, Element* h, ThreadPool pool) {
+Counts activation(Shape shape, const Element* gate_up_out, float threshold, Element* h, int32_t* row_counts, ThreadPool pool) {
   constexpr int64_t kBlock = 512;
   const auto [rows, d_model, d_ff] = shape;
   const int threads = useful_threads(pool, rows * d_ff * 2 * static_cast<int64_t>(sizeof(Element)));
@@ -281,6 +283,8 @@ Counts activation(Shape shape, const Element* gate_up_out, float threshold, Elem
           row_active += active;
         }
         counts.active += row_active;
+        // Threads share the neurons of a row out.
+        if (row_counts) __atomic_fetch_add(row_counts + r, row_active, __ATOMIC_RELAXED);
       }
       for (int64_t n = 0; n < width; ++n) counts.union_neurons += in_union[n];
     }
@@ -390,21 +394,22 @@ constexpr Kernels make_kernels(const char* isa) {
   return {
       isa,
       [](Dtype dtype, Shape shape, const void* x, const void* gate_up, const void* down_t, float threshold, void* y,
-         ThreadPool pool) {
+         int32_t* row_active, ThreadPool pool) {
         return dtype == Dtype::kBFloat16
                    ? sparse_ffn<Bf16>(shape, as<uint16_t>(x), as<uint16_t>(gate_up), as<uint16_t>(down_t), threshold,
-                                      static_cast<uint16_t*>(y), pool)
+                                      static_cast<uint16_t*>(y), row_active, pool)
                    : sparse_ffn<F32>(shape, as<float>(x), as<float>(gate_up), as<float>(down_t), threshold,
-                                     static_cast<float*>(y), pool);
+                                     static_cast<float*>(y), row_active, pool);
       },
       [](Dtype dtype, Shape shape, const void* x, const void* gate_up, float* gates, ThreadPool pool) {
         dtype == Dtype::kBFloat16 ? gate_values<Bf16>(shape, as<uint16_t>(x), as<uint16_t>(gate_up), gates, pool)
                                   : gate_values<F32>(shape, as<float>(x), as<float>(gate_up), gates, pool);
       },
-      [](Dtype dtype, Shape shape, const void* gate_up_out, float threshold, void* h, ThreadPool pool) {
+      [](Dtype dtype, Shape shape, const void* gate_up_out, float threshold, void* h, int32_t* row_active,
+         ThreadPool pool) {
         return dtype == Dtype::kBFloat16
-                   ? activation(shape, as<uint16_t>(gate_up_out), threshold, static_cast<uint16_t*>(h), pool)
-                   : activation(shape, as<float>(gate_up_out), threshold, static_cast<float*>(h), pool);
+                   ? activation(shape, as<uint16_t>(gate_up_out), threshold, static_cast<uint16_t*>(h), row_active, pool)
+                   : activation(shape, as<float>(gate_up_out), threshold, static_cast<float*>(h), row_active, pool);
       },
       kDown,
   };

@@ -31,9 +31,10 @@ size_t sparse_ffn_workspace(Dtype dtype, const Shape& shape);
 // max_rows rows, d_ff up to 2^24, d_ff * d_model below 2^34; anything else is cudaErrorInvalidValue.
 //   is_padding [rows]: rows to leave out, whose y becomes 0; may be null.
 //   counters [4]: this call's rows, active neurons, union neurons and 1 step are added.
+//   row_active [rows]: each row's active neurons are added, modulo 2^32; may be null.
 cudaError_t launch_sparse_ffn(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, const void* down_t,
-                              float threshold, const bool* is_padding, void* y, int64_t* counters, void* workspace,
-                              cudaStream_t stream);
+                              float threshold, const bool* is_padding, void* y, int64_t* counters, int32_t* row_active,
+                              void* workspace, cudaStream_t stream);
 
 // The gate values [rows, d_ff] that launch_sparse_ffn compares with the threshold, by the same code.
 cudaError_t launch_gate(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, float* gates,
@@ -43,8 +44,9 @@ cudaError_t launch_gate(Dtype dtype, const Shape& shape, const void* x, const vo
 size_t activation_workspace(const Shape& shape);
 
 // The middle of the dense path: h [rows, d_ff] = gate * active * up from gate_up_out [rows, 2 * d_ff], any number of rows; in the
-// dtype, as the dense reference rounds. Rows that are padding get h = 0 and are not counted. counters: as above.
+// dtype, as the dense reference rounds. Rows that are padding get h = 0 and are not counted. counters, row_active: as above.
 cudaError_t launch_activation(Dtype dtype, const Shape& shape, const void* gate_up_out, float threshold,
-                              const bool* is_padding, void* h, int64_t* counters, void* workspace, cudaStream_t stream);
+                              const bool* is_padding, void* h, int64_t* counters, int32_t* row_active, void* workspace,
+                              cudaStream_t stream);
 
 }  // namespace prosparse::cuda
