@@ -394,7 +394,7 @@ def _print(report: BatchingReport) -> None:
     for name, capacity in report["capacity"].items():
         console.print(f"{name}: capacity {capacity:.2f} requests/s")
     table = Table(title="replays")
-    times = ("TTFT p50", "p99", "ITL p50", "p99")
+    quantiles = ("TTFT p50", "p99", "ITL p50", "p99")
     columns = (
         "trace",
         "load",
@@ -404,7 +404,7 @@ def _print(report: BatchingReport) -> None:
         "goodput/s",
         "good",
         "tokens/s",
-        *times,
+        *quantiles,
         "rejected",
         "fairness",
     )

@@ -13,14 +13,16 @@ import json
 import mmap
 import os
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.config import VllmConfig
 
 from sparse_backend.ffn.counters import ROWS, SHAPE, STEPS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - the name in it is this engine's own, and opened exclusively
 _SLOTS = 8  # more than steps can be under way
@@ -42,12 +44,12 @@ class WorkerFacts(TypedDict):
     """The same on the dense path: rows, microseconds."""
 
 
-def file_of(vllm_config: VllmConfig) -> Path:
+def file_of(vllm_config: "VllmConfig") -> Path:
     """The file of one engine; the replicas of data parallelism have one each."""
     return _FOLDER / f"prosparse-{vllm_config.instance_id}-{vllm_config.parallel_config.data_parallel_index}"
 
 
-def most_rows(vllm_config: VllmConfig) -> int:
+def most_rows(vllm_config: "VllmConfig") -> int:
     """Rows of the widest step, padding included."""
     largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(vllm_config.scheduler_config.max_num_batched_tokens, largest_graph)
