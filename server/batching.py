@@ -1,6 +1,7 @@
 """What the scheduler reports of its work, as metrics: the cost model's error, its decisions, the requests' densities."""
 
 import asyncio
+import contextlib
 import json
 import pathlib
 import socket
@@ -17,6 +18,7 @@ from sparse_backend.vllm_plugin.snapshot import Path
 
 _DENSITY_BUCKETS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 _SOCKET = "batching"
+_LARGEST_REPORT = 1 << 20
 
 
 def batching_settings(settings: Settings, folder: pathlib.Path) -> BatchingSettings:
@@ -41,24 +43,25 @@ class BatchingTelemetry(Collector):
         self._latest: dict[int, Report] = {}
         self._buckets: Counter[float] = Counter()
         self._density_sum = 0.0
-        self._transport: asyncio.BaseTransport | None = None
+        self._socket: socket.socket | None = None
 
-    async def listen(self, folder: pathlib.Path) -> None:
-        """Listen on the socket that the settings name."""
-        telemetry = self
-
-        class Protocol(asyncio.DatagramProtocol):
-            def datagram_received(self, data: bytes, address: object) -> None:
-                telemetry.take(json.loads(data))
-
-        self._transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
-            Protocol, local_addr=str(folder / _SOCKET), family=socket.AF_UNIX
-        )
+    def listen(self, folder: pathlib.Path) -> None:
+        """Listen on the socket that the settings name, in the running event loop."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._socket.bind(str(folder / _SOCKET))
+        asyncio.get_running_loop().add_reader(self._socket, self._receive, self._socket)
 
     def close(self) -> None:
         """Listen no more."""
-        if self._transport is not None:
-            self._transport.close()
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+
+    def _receive(self, listener: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.take(json.loads(listener.recv(_LARGEST_REPORT)))
 
     def take(self, report: Report) -> None:
         """Take one in."""

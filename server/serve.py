@@ -154,7 +154,7 @@ class Server:
             )
         )
         answering = asyncio.create_task(http.serve(sockets=[listener]))
-        await self._batching.listen(self._folder)
+        self._batching.listen(self._folder)
         try:
             engine = await self._start_engine()
             if engine is not None:

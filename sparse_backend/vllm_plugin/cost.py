@@ -148,7 +148,8 @@ class _PathFit:
         """Samples of each size so far."""
         self._samples = np.empty((0, len(prior)))
         """Terms over seconds: what a perfect fit maps to 1. Rings of ``_SAMPLES_PER_SIZE``, one for each size of step."""
-        self._ratios: deque[float] = deque(maxlen=_PACE_SAMPLES)
+        self._latest: deque[Vector] = deque(maxlen=_PACE_SAMPLES)
+        """The same, of the latest steps whatever their size."""
         self._errors: deque[float] = deque(maxlen=_ERRORS)
         self._pace = 1.0
         self.excess = 1.0
@@ -160,14 +161,15 @@ class _PathFit:
 
     def observe(self, terms: list[float], size: object, seconds: float) -> None:
         self._errors.append(abs(self.seconds(terms) / seconds - 1))
-        self._keep(np.array(terms) / seconds, size)
+        sample = np.array(terms) / seconds
+        self._keep(sample, size)
+        self._latest.append(sample)
         self.observed += 1
         if self.observed % (_REFIT_AT_FIRST if self.observed < _REFIT_EVERY else _REFIT_EVERY) == 0:
-            self._refit(terms)
-        self._ratios.append(seconds / max(float(self._coefficients @ terms), 1e-9))
-        if len(self._ratios) == _PACE_SAMPLES:
+            self._refit()
+        if len(self._latest) == _PACE_SAMPLES:
             low, high = _PACE_LIMITS
-            self._pace = min(max(statistics.median(self._ratios), low), high)
+            self._pace = min(max(1 / max(float(np.median(self._latest @ self._coefficients)), 1e-9), low), high)
 
     def error(self) -> float | None:
         return statistics.median(self._errors) if self._errors else None
@@ -181,7 +183,7 @@ class _PathFit:
         self._samples[place * _SAMPLES_PER_SIZE + self._counts[place] % _SAMPLES_PER_SIZE] = sample
         self._counts[place] += 1
 
-    def _refit(self, latest: list[float]) -> None:
+    def _refit(self) -> None:
         samples = self._samples[self._samples.any(axis=1)]
         weights = np.ones(len(samples))
         # The starting point counts as a sample in each coefficient's own direction.
@@ -193,10 +195,7 @@ class _PathFit:
             residuals = np.abs(predicted - 1)
             weights = np.minimum(1, _HUBER * np.median(residuals) / np.maximum(residuals, 1e-12))
         self.excess = max(1.0, 1 / max(float(np.quantile(predicted, 1 - _MOST)), 1e-3))
-        # The factor was relative to the old coefficients.
-        self._pace *= float(self._coefficients @ latest) / max(float(fitted @ latest), 1e-12)
         self._coefficients = fitted
-        self._ratios.clear()
 
 
 def _nonnegative(gram: Vector, moment: Vector) -> Vector:
