@@ -55,6 +55,7 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
 """Settings of ours, and flags of vLLM's."""
 
 _CONTEXT = 4096
+_TABLE_WIDTH = 180
 _SATURATION_TRACE_REQUESTS = 512
 
 
@@ -388,7 +389,8 @@ def _line(result: Replay) -> str:
 
 
 def _print(report: BatchingReport) -> None:
-    console = Console()
+    # Where the output is no terminal, as wide as the table.
+    console = Console() if Console().is_terminal else Console(width=_TABLE_WIDTH)
     objectives = f"ITL {report['itl_slo_ms']} ms, TTFT {report['ttft_slo_ms']} ms"
     console.print(f"{report['model']}, {report['machine']['name']}, objectives: {objectives}")
     for name, capacity in report["capacity"].items():

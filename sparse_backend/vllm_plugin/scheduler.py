@@ -74,8 +74,9 @@ class SparseScheduler(AsyncScheduler):
         self._distrusted_for = 0
         self._fault: Fallback | None = None
         self._warned: set[Fallback] = set()
-        self._decisions: Counter[Decision] = Counter()
-        self._fallbacks: Counter[Fallback] = Counter()
+        self.decisions: Counter[Decision] = Counter()
+        """Since the start."""
+        self.fallbacks: Counter[Fallback] = Counter()
         self._reporter = Reporter(self._settings.report_to) if self._settings.report_to else None
         self._reported_at = 0.0
         self._check_objectives()
@@ -99,7 +100,7 @@ class SparseScheduler(AsyncScheduler):
             self._unlimit()
         output = super().schedule(throttle_prefills)
         if self._settings.policy == "sparse":
-            self._decisions["admit"] += max(0, waiting - len(self.waiting))
+            self.decisions["admit"] += max(0, waiting - len(self.waiting))
         if output.total_num_scheduled_tokens:
             self._under_way.append(_Step(self._shape_of(output), now, self._idle))
             self._idle = False
@@ -137,14 +138,14 @@ class SparseScheduler(AsyncScheduler):
         rows = sum(decode.rows for decode in load.decodes)
         self.max_num_scheduled_tokens = min(self._vllm_tokens, max(1, rows + plan.prefill_tokens))
         self.max_num_active_reqs = self._vllm_requests if plan.admit else min(self._vllm_requests, len(self.running))
-        self._decisions.update(plan.decisions)
+        self.decisions.update(plan.decisions)
         if "overtake" in plan.decisions and isinstance(self.waiting, FCFSRequestQueue):
             place = {identity: index for index, identity in enumerate(plan.order)}
             self.waiting = FCFSRequestQueue(sorted(self.waiting, key=lambda request: place[request.request_id]))
 
     def _unlimit(self) -> None:
         self.max_num_scheduled_tokens, self.max_num_active_reqs = self._vllm_tokens, self._vllm_requests
-        self._decisions["fcfs"] += 1
+        self.decisions["fcfs"] += 1
 
     def _load(self, now: float) -> Load:
         decodes, prefills = [], []
@@ -214,7 +215,7 @@ class SparseScheduler(AsyncScheduler):
                 self._fault = None
             return
         self._fault, self._distrusted_for = fault, _STEPS_TO_TRUST
-        self._fallbacks[fault] += 1
+        self.fallbacks[fault] += 1
         self._warn(fault)
 
     def _warn(self, fault: Fallback) -> None:
@@ -248,10 +249,10 @@ class SparseScheduler(AsyncScheduler):
         if self._settings.policy == "fcfs":
             return
         if self._counts is None:
-            self._fallbacks["counters"] += 1
+            self.fallbacks["counters"] += 1
             self._warn("counters")
             return
-        if not self._counts.facts["dense_us"]:
+        if not self._counts.facts["sparse_us"]:
             return
         alone = 1e3 * self._planner.cost.seconds(StepShape(1, union=_EXPECTED_DENSITY))
         for flag, objective in (
@@ -278,8 +279,8 @@ class SparseScheduler(AsyncScheduler):
         self._reporter.send(
             {
                 "replica": self.parallel_config.data_parallel_index,
-                "decisions": dict(self._decisions),
-                "fallbacks": dict(self._fallbacks),
+                "decisions": dict(self.decisions),
+                "fallbacks": dict(self.fallbacks),
                 "errors": {path: error for path in PATHS if (error := cost.error(path)) is not None},
                 "running": [density for density in running if density is not None],
                 "finished": finished,
