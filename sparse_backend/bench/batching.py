@@ -9,13 +9,14 @@ they are replayed at the same time; otherwise they go one after another.
 """
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -32,13 +33,17 @@ from sparse_backend.bench.arguments import positive_int
 from sparse_backend.bench.goodput import Objectives, Summary, summarise
 from sparse_backend.bench.machine import Machine
 from sparse_backend.bench.prompts import held_out_prompts
-from sparse_backend.bench.replay import Client, Outcome, Prompt
+from sparse_backend.bench.replay import Client, OneServer, Outcome, Prompt, Router
+from sparse_backend.bench.routing import ByDensity, Even
 from sparse_backend.bench.server_process import ServerProcess
 from sparse_backend.bench.synthetic_checkpoint import write_checkpoint
 from sparse_backend.bench.synthetic_model import SHAPES, SyntheticModel
 from sparse_backend.bench.trace import Trace, TraceRequest
+from sparse_backend.bench.trace import names as trace_names
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
+from sparse_backend.ffn import paths
+from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, layer_scale
 
 _LEVERS = "--batching-levers"
 POLICIES: dict[str, tuple[list[str], list[str]]] = {
@@ -54,7 +59,9 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
 }
 """Settings of ours, and flags of vLLM's."""
 
-_CONTEXT = 4096
+_TEXTS = 64
+_LEAST_REQUESTS = 8
+_PLACEMENTS = ("even", "density")
 _TABLE_WIDTH = 180
 _SATURATION_TRACE_REQUESTS = 512
 
@@ -93,6 +100,9 @@ class Plan:
     """What to run."""
 
     policies: list[str]
+    placements: list[str]
+    """Over ``replicas`` of the first policy; empty: one replica of each."""
+    replicas: int
     traces: dict[str, Trace]
     loads: list[float]
     rate: float | None
@@ -123,6 +133,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", default="fcfs,sparse", metavar="P,P", help=f"of {', '.join(POLICIES)} (default fcfs,sparse)"
     )
+    parser.add_argument(
+        "--placement",
+        metavar="P,P",
+        help=f"replay over --replicas servers of the first policy, placing requests by: {', '.join(_PLACEMENTS)}",
+    )
+    parser.add_argument("--replicas", type=positive_int, default=2, help="with --placement (default 2)")
     parser.add_argument("--load", default="0.6,0.9,1.2", metavar="L,L", help="shares of capacity (default 0.6,0.9,1.2)")
     parser.add_argument(
         "--rate", type=float, metavar="R", help="requests per second at load 1, in place of measuring it"
@@ -139,23 +155,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus", default="stdlib", help="where the prompts of a checkpoint come from (default: stdlib)"
     )
+    parser.add_argument("--logs", type=Path, help="folder for the servers' output (default: a temporary one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; returns the exit status."""
     plan = _plan(arguments)
-    with (
-        _checkpoint(arguments, plan) as (checkpoint, synthetic),
-        tempfile.TemporaryDirectory(prefix="prosparse-") as logs,
-    ):
-        scale = min(
-            1.0, (min(checkpoint.context_length, _CONTEXT) - 1) / max(t.longest() for t in plan.traces.values())
-        )
-        prompts = _Prompts(checkpoint, synthetic, plan, arguments.corpus, scale)
-        report = measure(checkpoint, plan, prompts, Path(logs))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1))
+    with _checkpoint(arguments, plan) as (checkpoint, synthetic), contextlib.ExitStack() as stack:
+        logs = arguments.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prosparse-")))
+        logs.mkdir(parents=True, exist_ok=True)
+        prompts = _Prompts(checkpoint, synthetic, plan, arguments.corpus)
+        for report in measure(checkpoint, plan, prompts, logs):
+            # Anew after each replay: a run that is cut off leaves what it has.
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(report, indent=1))
     _print(report)
     return 0
 
@@ -165,6 +179,10 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     for policy in policies:
         if policy not in POLICIES:
             raise UserError(f"--policy {policy!r} is no policy. Known are {', '.join(POLICIES)}.")
+    placements = arguments.placement.split(",") if arguments.placement else []
+    for placement in placements:
+        if placement not in _PLACEMENTS:
+            raise UserError(f"--placement {placement!r} is none. Known are {', '.join(_PLACEMENTS)}.")
     try:
         loads = [float(load) for load in arguments.load.split(",")]
     except ValueError:
@@ -175,6 +193,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
             settings += [f"--{name.replace('_', '-')}", str(value)]
     return Plan(
         policies=policies,
+        placements=placements,
+        replicas=arguments.replicas,
         traces={name: Trace.load(name) for name in arguments.trace.split(",")},
         loads=loads,
         rate=arguments.rate,
@@ -202,27 +222,21 @@ def _checkpoint(arguments: argparse.Namespace, plan: Plan) -> Iterator[tuple[Che
     model = SyntheticModel(SHAPES[arguments.synthetic], 0.0, classes=tuple(_densities(plan).values()))
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prosparse-")))
-        if not (folder / "config.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            write_checkpoint(folder, model, device, torch.bfloat16)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        yield Checkpoint.open(folder), model
+        yield write_checkpoint(folder, model), model
 
 
 def _densities(plan: Plan) -> dict[str, float]:
-    """Of all classes of all traces.
+    """Of all classes of all traces, those that come with the product first: a synthetic checkpoint then fits all of these.
 
     Raises:
         UserError: traces differ over a class.
     """
     densities: dict[str, float] = {}
-    for trace in plan.traces.values():
+    for trace in (*map(Trace.load, trace_names()), *plan.traces.values()):
         for name, of_class in trace.classes.items():
             if densities.setdefault(name, of_class.density) != of_class.density:
                 raise UserError(
-                    f"The traces give class {name} different densities. Give it one, or replay them one by one."
+                    f"--trace: class {name} has density {densities[name]:g} in another trace. Call it otherwise."
                 )
     return densities
 
@@ -230,22 +244,20 @@ def _densities(plan: Plan) -> dict[str, float]:
 class _Prompts:
     """The requests of a trace with their tokens."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, synthetic: SyntheticModel | None, plan: Plan, corpus: str, scale: float
-    ) -> None:
-        self._plan, self._synthetic, self._scale = plan, synthetic, scale
+    def __init__(self, checkpoint: Checkpoint, synthetic: SyntheticModel | None, plan: Plan, corpus: str) -> None:
+        self._seed, self._synthetic = plan.seed, synthetic
         self._classes = list(_densities(plan))
-        longest = max(c.prompt_tokens.most for t in plan.traces.values() for c in t.classes.values())
-        self._texts = (
-            []
-            if synthetic
-            else held_out_prompts(checkpoint.folder, corpus, 64, max(1, round(longest * scale)), plan.seed)
-        )
+        classes = [of_class for trace in plan.traces.values() for of_class in trace.classes.values()]
+        longest = max(of_class.prompt_tokens.most + of_class.output_tokens.most for of_class in classes)
+        # Lengths are for a context such as LLaMA2's; a model with a shorter one gets the same traffic in miniature.
+        self._scale = min(1.0, (checkpoint.context_length - 1) / longest)
+        prompt = max(1, round(self._scale * max(of_class.prompt_tokens.most for of_class in classes)))
+        self._texts = [] if synthetic else held_out_prompts(checkpoint.folder, corpus, _TEXTS, prompt, plan.seed)
 
     def of(self, trace: Trace, rate: float, count: int) -> list[Prompt]:
         """``count`` requests, ``rate`` per second."""
-        generator = random.Random(self._plan.seed)  # noqa: S311 - reproducible sampling, nothing secret
-        requests = trace.requests(seed=self._plan.seed, rate=rate, count=count, scale=self._scale)
+        generator = random.Random(self._seed)  # noqa: S311 - reproducible sampling, nothing secret
+        requests = trace.requests(seed=self._seed, rate=rate, count=count, scale=self._scale)
         return [Prompt(request, self._tokens(request, generator)) for request in requests]
 
     def _tokens(self, request: TraceRequest, generator: random.Random) -> list[int]:
@@ -257,8 +269,8 @@ class _Prompts:
         return [generator.choice(tokens) for _ in range(request.prompt_tokens)]
 
 
-def measure(checkpoint: Checkpoint, plan: Plan, prompts: _Prompts, logs: Path) -> BatchingReport:
-    """Replay every trace at every load under every policy."""
+def measure(checkpoint: Checkpoint, plan: Plan, prompts: _Prompts, logs: Path) -> Iterator[BatchingReport]:
+    """Replay every trace at every load under every policy; the report so far, after each."""
     gpus = torch.cuda.device_count()
     described = machine.describe(torch.device("cuda" if gpus else "cpu"))
     if gpus:
@@ -272,62 +284,105 @@ def measure(checkpoint: Checkpoint, plan: Plan, prompts: _Prompts, logs: Path) -
         "capacity": {} if plan.rate is None else dict.fromkeys(plan.traces, plan.rate),
         "replays": [],
     }
+    if plan.placements:
+        yield from _measure_placements(checkpoint, plan, prompts, logs, report)
+        return
     at_once = max(1, gpus)
     for first in range(0, len(plan.policies), at_once):
-        _measure_policies(checkpoint, plan, prompts, logs, plan.policies[first : first + at_once], report)
-    return report
+        yield from _measure_policies(checkpoint, plan, prompts, logs, plan.policies[first : first + at_once], report)
 
 
 def _measure_policies(
     checkpoint: Checkpoint, plan: Plan, prompts: _Prompts, logs: Path, policies: Sequence[str], report: BatchingReport
-) -> None:
+) -> Iterator[BatchingReport]:
     """Replay under some policies at the same time."""
-    with contextlib.ExitStack() as stack:
-        servers = {}
-        for index, policy in enumerate(policies):
-            ours, vllm_flags = POLICIES[policy]
-            flags = [
-                *ours,
-                *(plan.settings if policy.startswith("sparse") else []),
-                "--",
-                *vllm_flags,
-                *plan.vllm_flags,
-            ]
-            environment = _visible_gpu(index) if torch.cuda.is_available() else {}
-            log = logs / f"{policy}-{time.time_ns()}.log"
-            servers[policy] = stack.enter_context(ServerProcess(checkpoint.folder, flags, log, environment))
-        for server in servers.values():
-            server.wait_ready()
-        _say(f"{', '.join(policies)}: ready")
-        pool = stack.enter_context(ProcessPoolExecutor(len(servers), mp_context=get_context("spawn")))
+    with _servers(checkpoint, plan, logs, policies) as servers, _pool(len(servers)) as pool:
         for name, trace in plan.traces.items():
-            warm_up = prompts.of(trace, 1.0, _SATURATION_TRACE_REQUESTS)
-            saturated = [
-                pool.submit(_saturate, server.url, server.model, warm_up, plan.at_once, plan.saturate_s)
-                for server in servers.values()
-            ]
-            rates = [_finished_per_s(future.result(), plan.saturate_s) for future in saturated]
-            rate = report["capacity"].setdefault(name, rates[0])
-            _say(f"{name}: at capacity {', '.join(f'{p} {r:.2f}/s' for p, r in zip(policies, rates, strict=True))}")
+            if name not in report["capacity"]:
+                warm_up = prompts.of(trace, 1.0, _SATURATION_TRACE_REQUESTS)
+                saturated = [
+                    pool.submit(
+                        _saturate, [server.url], server.model, OneServer(), warm_up, plan.at_once, plan.saturate_s
+                    )
+                    for server in servers
+                ]
+                rates = [_finished_per_s(future.result(), plan.saturate_s) for future in saturated]
+                report["capacity"][name] = rates[0]
+                _say(f"{name}: at capacity {', '.join(f'{p} {r:.2f}/s' for p, r in zip(policies, rates, strict=True))}")
             for load in plan.loads:
-                count = max(8, round(rate * load * plan.seconds))
-                requests = prompts.of(trace, rate * load, count)
-                replays = {
-                    policy: pool.submit(_replay, server.url, server.model, requests)
-                    for policy, server in servers.items()
-                }
-                for policy, future in replays.items():
-                    outcomes, metrics = future.result()
-                    result: Replay = {
-                        "policy": policy,
-                        "trace": name,
-                        "load": load,
-                        "rate": rate * load,
-                        **_read_metrics(metrics),  # type: ignore[typeddict-item]
-                        "summary": summarise(outcomes, plan.objectives),
-                    }
+                rate = report["capacity"][name] * load
+                requests = prompts.of(trace, rate, max(_LEAST_REQUESTS, round(rate * plan.seconds)))
+                replays = [
+                    pool.submit(_replay, [server.url], server.model, OneServer(), requests) for server in servers
+                ]
+                for policy, server, future in zip(policies, servers, replays, strict=True):
+                    result = _result(policy, name, load, rate, future.result(), [server], plan)
                     report["replays"].append(result)
                     _say(_line(result))
+                yield report
+
+
+def _measure_placements(
+    checkpoint: Checkpoint, plan: Plan, prompts: _Prompts, logs: Path, report: BatchingReport
+) -> Iterator[BatchingReport]:
+    """Replay over several replicas, one way to place requests after the other."""
+    routers: dict[str, Callable[[], Router]] = {
+        "even": lambda: Even(plan.replicas),
+        "density": lambda: ByDensity(plan.replicas, _cost(checkpoint), _densities(plan)),
+    }
+    with _servers(checkpoint, plan, logs, plan.policies[:1] * plan.replicas) as servers, _pool(1) as pool:
+        urls, model = [server.url for server in servers], servers[0].model
+        for name, trace in plan.traces.items():
+            if name not in report["capacity"]:
+                warm_up = prompts.of(trace, 1.0, _SATURATION_TRACE_REQUESTS)
+                at_once = plan.at_once * plan.replicas
+                saturated = pool.submit(_saturate, urls, model, Even(plan.replicas), warm_up, at_once, plan.saturate_s)
+                report["capacity"][name] = _finished_per_s(saturated.result(), plan.saturate_s)
+                _say(f"{name}: at capacity {report['capacity'][name]:.2f}/s")
+            for load in plan.loads:
+                rate = report["capacity"][name] * load
+                requests = prompts.of(trace, rate, max(_LEAST_REQUESTS, round(rate * plan.seconds)))
+                for placement in plan.placements:
+                    outcomes = pool.submit(_replay, urls, model, routers[placement](), requests).result()
+                    result = _result(f"{plan.policies[0]}, {placement}", name, load, rate, outcomes, servers, plan)
+                    report["replays"].append(result)
+                    _say(_line(result))
+                    yield report
+
+
+@contextlib.contextmanager
+def _servers(checkpoint: Checkpoint, plan: Plan, logs: Path, policies: Sequence[str]) -> Iterator[list[ServerProcess]]:
+    """A server for each policy, on a GPU of its own where there are GPUs, all ready."""
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for index, policy in enumerate(policies):
+            ours, vllm_flags = POLICIES[policy]
+            objectives = plan.settings if "sparse" in ours else []
+            flags = [*ours, *objectives, "--", *vllm_flags, *plan.vllm_flags]
+            environment = _visible_gpu(index) if torch.cuda.is_available() else {}
+            log = logs / f"{index}-{policy}.log"
+            servers.append(stack.enter_context(ServerProcess(checkpoint.folder, flags, log, environment)))
+        for server in servers:
+            server.wait_ready()
+        _say(f"{', '.join(policies)}: ready")
+        yield servers
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """Clients of their own processes: reading thousands of tokens per second keeps one busy."""
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+
+
+def _cost(checkpoint: Checkpoint) -> StepCost:
+    """The cost model as a server starts with it."""
+    config, device_type = checkpoint.config, "cuda" if torch.cuda.is_available() else "cpu"
+    d_model, d_ff = config["hidden_size"], config["intermediate_size"]
+    table = paths.path_table(torch.bfloat16, d_model, d_ff, device_type)
+    return StepCost(
+        LayerTable.of(table.timings),
+        scale=layer_scale(checkpoint.n_layers, d_model, d_ff, config["vocab_size"]),
+        max_sparse_rows=table.max_sparse_rows(paths.DEFAULT_DENSITY),
+    )
 
 
 def _visible_gpu(index: int) -> dict[str, str]:
@@ -336,13 +391,14 @@ def _visible_gpu(index: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ours.split(",")[index] if ours else str(index)}
 
 
-def _saturate(url: str, model: str, prompts: list[Prompt], at_once: int, seconds: float) -> list[Outcome]:
-    return replay.run(lambda: Client(url, model).saturate(prompts, at_once, seconds))
+def _saturate(
+    urls: list[str], model: str, router: Router, prompts: list[Prompt], at_once: int, seconds: float
+) -> list[Outcome]:
+    return asyncio.run(Client(urls, model, router).saturate(prompts, at_once, seconds))
 
 
-def _replay(url: str, model: str, prompts: list[Prompt]) -> tuple[list[Outcome], str]:
-    outcomes = replay.run(lambda: Client(url, model).replay(prompts))
-    return outcomes, replay.metrics(url)
+def _replay(urls: list[str], model: str, router: Router, prompts: list[Prompt]) -> list[Outcome]:
+    return asyncio.run(Client(urls, model, router).replay(prompts))
 
 
 def _finished_per_s(outcomes: Sequence[Outcome], seconds: float) -> float:
@@ -357,6 +413,28 @@ def _finished_per_s(outcomes: Sequence[Outcome], seconds: float) -> float:
             f"No request was answered within {seconds:g} s. Give a longer --saturate, or a smaller --at-once."
         )
     return finished / (seconds / 2)
+
+
+def _result(
+    policy: str,
+    trace: str,
+    load: float,
+    rate: float,
+    outcomes: Sequence[Outcome],
+    servers: Sequence[ServerProcess],
+    plan: Plan,
+) -> Replay:
+    metrics = _read_metrics(replay.metrics(servers[0].url))
+    return {
+        "policy": policy,
+        "trace": trace,
+        "load": load,
+        "rate": rate,
+        "cost_error": metrics["cost_error"],
+        "decisions": metrics["decisions"],
+        "fallbacks": metrics["fallbacks"],
+        "summary": summarise(outcomes, plan.objectives),
+    }
 
 
 def _read_metrics(text: str) -> dict[str, dict[str, float]]:

@@ -3,8 +3,9 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import httpx
 
@@ -38,11 +39,32 @@ class Prompt:
     tokens: Sequence[int]
 
 
-class Client:
-    """One server."""
+class Router(Protocol):
+    """Decides which of several servers a request goes to."""
 
-    def __init__(self, url: str, model: str) -> None:
-        self._url, self._model = url, model
+    def begin(self, traffic_class: str) -> int:
+        """Index of the server for a new request, which is counted as its own from now on."""
+
+    def end(self, index: int, traffic_class: str) -> None:
+        """A request has left a server."""
+
+
+class OneServer:
+    """No choice."""
+
+    def begin(self, traffic_class: str) -> int:
+        """Zero."""
+        return 0
+
+    def end(self, index: int, traffic_class: str) -> None:
+        """Nothing to note."""
+
+
+class Client:
+    """Of one server, or of several with the same model."""
+
+    def __init__(self, urls: Sequence[str], model: str, router: Router) -> None:
+        self._urls, self._model, self._router = urls, model, router
 
     async def replay(self, prompts: Sequence[Prompt]) -> list[Outcome]:
         """Send each prompt at its time, whatever came of those before it."""
@@ -76,7 +98,7 @@ class Client:
 
     def _connect(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=1024)
-        return httpx.AsyncClient(base_url=self._url, timeout=_TIMEOUT_S, limits=limits)
+        return httpx.AsyncClient(timeout=_TIMEOUT_S, limits=limits)
 
     async def _send(self, http: httpx.AsyncClient, prompt: Prompt, start: float) -> Outcome:
         request = prompt.request
@@ -90,8 +112,9 @@ class Client:
         }
         sent = time.perf_counter()
         status, times = 0, []
+        server = self._router.begin(request.traffic_class)
         try:
-            async with http.stream("POST", "/v1/completions", json=body) as response:
+            async with http.stream("POST", f"{self._urls[server]}/v1/completions", json=body) as response:
                 status = response.status_code
                 async for data in response.aiter_bytes():
                     # An event is a token; the last one says that there are no more.
@@ -99,6 +122,8 @@ class Client:
                     times.extend([time.perf_counter()] * events)
         except httpx.HTTPError:
             status = 0
+        finally:
+            self._router.end(server, request.traffic_class)
         ended = time.perf_counter()
         if status != 200 or not times:
             return Outcome(request.traffic_class, sent - start, status, ended_s=ended - start)
@@ -109,12 +134,3 @@ class Client:
 def metrics(url: str) -> str:
     """The server's metrics page."""
     return httpx.get(f"{url}/metrics", timeout=30).text
-
-
-def run(call: Callable[[], Awaitable[list[Outcome]]]) -> list[Outcome]:
-    """Run one of a client's calls to its end."""
-
-    async def main() -> list[Outcome]:
-        return await call()
-
-    return asyncio.run(main())

@@ -84,10 +84,6 @@ class Trace(_Part):
         except ValidationError as error:
             raise UserError(f"--trace {name}: {_describe(error)}") from None
 
-    def longest(self) -> int:
-        """Tokens of the longest request it can hold, prompt and answer together."""
-        return max(of_class.prompt_tokens.most + of_class.output_tokens.most for of_class in self.classes.values())
-
     def requests(self, *, seed: int, rate: float, count: int, scale: float = 1.0) -> list[TraceRequest]:
         """``count`` requests, ``rate`` per second on average, lengths times ``scale``."""
         generator = random.Random(seed)  # noqa: S311 - reproducible sampling, nothing secret

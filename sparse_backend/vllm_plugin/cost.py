@@ -8,12 +8,14 @@ the few large ones. What changes for all steps alike, such as another program on
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from sparse_backend.ffn.paths import Timing
 from sparse_backend.vllm_plugin.snapshot import PATHS, Path
 
 Vector = npt.NDArray[np.float64]
@@ -55,6 +57,24 @@ class LayerTable:
     dense: Sequence[tuple[int, float]]
     """Rows, microseconds."""
 
+    @classmethod
+    def of(cls, timings: Mapping[float, Sequence[Timing]]) -> Self:
+        """From times by density, neurons being active independently."""
+        return cls(
+            sparse=[
+                (timing.rows, 1 - (1 - density) ** timing.rows, timing.sparse_us)
+                for density, of_density in timings.items()
+                for timing in of_density
+            ],
+            dense=[(timing.rows, timing.dense_us) for of_density in timings.values() for timing in of_density],
+        )
+
+
+def layer_scale(n_layers: int, d_model: int, d_ff: int, vocab_size: int) -> float:
+    """A LLaMA's weights over those of one of its feed-forward layers."""
+    layer = 3 * d_model * d_ff
+    return n_layers * (1 + 4 * d_model**2 / layer) + vocab_size * d_model / layer
+
 
 def union_of(densities: Sequence[float]) -> float:
     """Share of neurons active for at least one of independent rows of these densities."""
@@ -85,16 +105,16 @@ class StepCost:
     Not for several threads.
     """
 
-    def __init__(self, table: LayerTable, *, layer_scale: float, max_sparse_rows: int) -> None:
+    def __init__(self, table: LayerTable, *, scale: float, max_sparse_rows: int) -> None:
         """Start from the table.
 
         Args:
             table: times of one feed-forward layer.
-            layer_scale: the model's weights read in a step over those of one feed-forward layer.
+            scale: the model's weights over those of that layer.
             max_sparse_rows: steps of at most this many rows take the sparse path.
         """
         self._max_sparse_rows = max_sparse_rows
-        self._fits = {path: _PathFit(_prior(path, table, layer_scale)) for path in PATHS}
+        self._fits = {path: _PathFit(_prior(path, table, scale)) for path in PATHS}
 
     def path(self, step: StepShape) -> Path:
         """The path a step takes."""
@@ -124,7 +144,7 @@ class StepCost:
         return self._fits[path].observed
 
 
-def _prior(path: Path, table: LayerTable, layer_scale: float) -> Vector:
+def _prior(path: Path, table: LayerTable, scale: float) -> Vector:
     """Coefficients in seconds: a least-squares fit to the table; a millisecond per step where there is none."""
     if path == "sparse" and table.sparse:
         terms = np.array([_sparse_terms(StepShape(rows, union=union)) for rows, union, _ in table.sparse])
@@ -135,7 +155,7 @@ def _prior(path: Path, table: LayerTable, layer_scale: float) -> Vector:
     else:
         return np.array([1e-3] + [0.0] * (len(_TERMS[path](StepShape(1))) - 1))
     weighted = terms / times[:, None]
-    return _nonnegative(weighted.T @ weighted, weighted.sum(axis=0)) * layer_scale * 1e-6
+    return _nonnegative(weighted.T @ weighted, weighted.sum(axis=0)) * scale * 1e-6
 
 
 class _PathFit:

@@ -87,12 +87,4 @@ def layer_table(vllm_config: VllmConfig) -> LayerTable:
     if not automatic or paths.largest_sparse_rows(model.dtype, d_model, device_type) == 0:
         return LayerTable([], [])
     d_ff = model.hf_config.intermediate_size // get_tensor_model_parallel_world_size()
-    timings = paths.path_table(model.dtype, d_model, d_ff, device_type).timings
-    return LayerTable(
-        sparse=[
-            (timing.rows, 1 - (1 - density) ** timing.rows, timing.sparse_us)
-            for density, of_density in timings.items()
-            for timing in of_density
-        ],
-        dense=[(timing.rows, timing.dense_us) for of_density in timings.values() for timing in of_density],
-    )
+    return LayerTable.of(paths.path_table(model.dtype, d_model, d_ff, device_type).timings)

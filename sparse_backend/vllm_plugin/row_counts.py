@@ -85,7 +85,9 @@ class RowCountsWriter:
         whole = torch.frombuffer(self._memory, dtype=torch.uint8)
         if row_active.is_cuda:
             # Only into pinned memory does a copy run beside the host.
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0)))
+            error = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0)
+            if error.value:
+                raise RuntimeError(f"{file}: the memory for row counts cannot be pinned, {error}")
         self._slots = []
         for index in range(_SLOTS):
             slot = whole[_FACTS_BYTES + index * _slot_bytes(rows) :]

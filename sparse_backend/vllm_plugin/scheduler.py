@@ -20,7 +20,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from sparse_backend.vllm_plugin.batching import BatchingSettings, Decision, Fallback, FinishedRequest, Reporter
-from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape
+from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale
 from sparse_backend.vllm_plugin.densities import Densities
 from sparse_backend.vllm_plugin.plan import Decode, Load, Planner, Prefill
 from sparse_backend.vllm_plugin.row_counts import RowCountsReader, file_of
@@ -231,16 +231,13 @@ class SparseScheduler(AsyncScheduler):
 
     def _new_cost(self) -> StepCost:
         if self._counts is None:
-            return StepCost(LayerTable([], []), layer_scale=1.0, max_sparse_rows=0)
+            return StepCost(LayerTable([], []), scale=1.0, max_sparse_rows=0)
         facts = self._counts.facts
         limits = sorted(facts["max_sparse_rows"])
         config = self.vllm_config.model_config.hf_config
-        attention = 4 * config.hidden_size**2
-        layer = 3 * config.hidden_size * config.intermediate_size
-        head = config.vocab_size * config.hidden_size
         return StepCost(
             LayerTable(facts["sparse_us"], facts["dense_us"]),
-            layer_scale=len(limits) * (1 + attention / layer) + head / layer,
+            scale=layer_scale(len(limits), config.hidden_size, config.intermediate_size, config.vocab_size),
             # Where layers differ, most of them decide.
             max_sparse_rows=limits[len(limits) // 2],
         )
