@@ -106,7 +106,9 @@ def names() -> list[str]:
 
 
 def _describe(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A misspelt field is missing under its right name, too; what was written says more.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     where = ".".join(str(part) for part in first["loc"]) or "the file"
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']}."
