@@ -72,7 +72,9 @@ def _of_real_rows(
     max_sparse_rows: int,
     row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, _current_mask(), row_active)
+    return sparse_gated_ffn(
+        x, gate_up, down_t, threshold, counters, max_sparse_rows, _current_mask(), row_active=row_active
+    )
 
 
 _library.impl("sparse_gated_ffn_of_real_rows", _of_real_rows, "CompositeExplicitAutograd")

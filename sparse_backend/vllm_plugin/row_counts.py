@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparse_backend.ffn.counters import ROWS, SHAPE, STEPS
+from sparse_backend.ffn.counters import ROWS, STEPS, shape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _FOLDER = Path("/dev/shm")  # noqa: S108 - the name in it is this engine's own, and opened exclusively
 _SLOTS = 8  # more than steps can be under way
 _FACTS_BYTES = 1 << 16
-_COUNTERS = SHAPE[0] * SHAPE[1]
+_PATHS_SHAPE = shape()
+_COUNTERS = _PATHS_SHAPE[0] * _PATHS_SHAPE[1]
 _PAGE = mmap.PAGESIZE
 
 
@@ -67,11 +68,11 @@ class RowCountsWriter:
 
         Args:
             file: as ``file_of`` says; must not exist.
-            counters: int64 [2, 4] of the worker's first layer.
+            counters: of the worker's first layer, int64; their first rows, [2, 4], are of the two paths.
             row_active: int32 [rows], what the layers add to.
             facts: of the worker's layers.
         """
-        self._sources = counters, row_active
+        self._sources = counters[: _PATHS_SHAPE[0]], row_active
         rows = row_active.shape[0]
         size = _FACTS_BYTES + _SLOTS * _slot_bytes(rows)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -93,7 +94,7 @@ class RowCountsWriter:
             slot = whole[_FACTS_BYTES + index * _slot_bytes(rows) :]
             self._slots.append(
                 (
-                    slot[: 8 * _COUNTERS].view(torch.int64).view(SHAPE),
+                    slot[: 8 * _COUNTERS].view(torch.int64).view(_PATHS_SHAPE),
                     slot[8 * _COUNTERS : 8 * _COUNTERS + 4 * rows].view(torch.int32),
                 )
             )
@@ -136,7 +137,7 @@ class RowCountsReader:
         for index in range(_SLOTS):
             start = _FACTS_BYTES + index * _slot_bytes(rows)
             self._counters.append(
-                np.frombuffer(self._memory, np.int64, _COUNTERS, start).reshape(SHAPE),
+                np.frombuffer(self._memory, np.int64, _COUNTERS, start).reshape(_PATHS_SHAPE),
             )
             self._rows.append(np.frombuffer(self._memory, np.int32, rows, start + 8 * _COUNTERS))
         self._step = 0

@@ -30,7 +30,7 @@ def test_counters_equal_a_plain_count_of_the_same_gates(isa: str, dtype: torch.d
         case = Case.random(rows, 136, 264, dtype, density=density, threshold=threshold)
         _, counted = case.run(path)
         expected = counters.new_counters()
-        reference.count(expected, index_of(path), reference.active_neurons(case.gates(path), threshold))
+        reference.count(expected, index_of(path), case.active(path))
         assert torch.equal(counted, expected)
 
 
@@ -47,12 +47,15 @@ def test_gate_values_are_the_products(isa: str, dtype: torch.dtype) -> None:
 
 @both_dtypes
 @both_paths
+@pytest.mark.parametrize("drelu", [False, True], ids=["relu", "drelu"])
 @pytest.mark.parametrize("rows", [1, 3, 16, 33, 70])
-def test_each_row_is_counted_and_nothing_else_changes(isa: str, dtype: torch.dtype, path: int, rows: int) -> None:
-    case = Case.random(rows, 136, 1032, dtype, density=0.2, threshold=0.3)
+def test_each_row_is_counted_and_nothing_else_changes(
+    isa: str, dtype: torch.dtype, path: int, rows: int, drelu: bool
+) -> None:
+    case = Case.random(rows, 136, 1032, dtype, density=0.2, threshold=0.3, drelu=drelu)
     row_active = torch.arange(rows + 2, dtype=torch.int32)
     y, counted = case.run_row_active(path, row_active)
-    of_row = reference.active_neurons(case.gates(path), 0.3).sum(dim=1)
+    of_row = case.active(path).sum(dim=1)
     assert row_active.tolist() == [*(torch.arange(rows) + of_row).tolist(), rows, rows + 1]
     without = case.run(path)
     assert torch.equal(y, without[0])
@@ -259,7 +262,7 @@ def test_opcheck(dtype: torch.dtype, path: int) -> None:
     torch.library.opcheck(torch.ops.prosparse.sparse_gated_ffn.default, arguments)
     with_padding = (*arguments, torch.tensor([False, True, False]))
     torch.library.opcheck(torch.ops.prosparse.sparse_gated_ffn.default, with_padding)
-    with_row_active = (*with_padding, torch.zeros(8, dtype=torch.int32))
+    with_row_active = (*with_padding, False, torch.zeros(8, dtype=torch.int32))
     torch.library.opcheck(torch.ops.prosparse.sparse_gated_ffn.default, with_row_active)
     torch.library.opcheck(torch.ops.prosparse.sparse_gate.default, (case.x, case.gate_up))
 
