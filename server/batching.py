@@ -29,7 +29,6 @@ def batching_settings(settings: Settings, folder: pathlib.Path) -> BatchingSetti
             "itl_slo_ms": settings.itl_slo_ms,
             "ttft_slo_ms": settings.ttft_slo_ms,
             "max_unfairness_ms": settings.max_unfairness_ms,
-            "levers": settings.batching_levers,
             "report_to": str(folder / _SOCKET),
         }
     )

@@ -18,7 +18,9 @@ from sparse_backend.errors import UserError
 PREFIX = "PROSPARSE_"
 
 # Environment keys with our prefix that other rooms read; everything else under the prefix must be a setting.
-OTHER_ENVIRONMENT_KEYS = frozenset({"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA", "PROSPARSE_BATCHING_SETTINGS"})
+OTHER_ENVIRONMENT_KEYS = frozenset(
+    {"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA", "PROSPARSE_BATCHING_SETTINGS", "PROSPARSE_BATCHING_LEVERS"}
+)
 
 # What PROSPARSE_CPU_ISA may be. The kernels decide what this CPU has of them, but only once the engine's workers are up.
 CPU_ISAS = ("amx", "avx512_bf16", "avx512f", "avx2", "portable")
@@ -117,9 +119,6 @@ class Settings(BaseSettings):
         ge=0,
         allow_inf_nan=False,
         description="with --batching sparse: milliseconds that a waiting request may lose to others that came later",
-    )
-    batching_levers: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
-        ("chunk",), description="with --batching sparse: what it may do"
     )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
         (),

@@ -14,6 +14,9 @@ from sparse_backend.vllm_plugin import snapshot
 SETTINGS_VARIABLE = "PROSPARSE_BATCHING_SETTINGS"
 """The settings, JSON. Not in vLLM's configuration, which is part of the key under which compiled graphs are kept."""
 
+LEVERS_VARIABLE = "PROSPARSE_BATCHING_LEVERS"
+"""What the sparse policy may do, for comparing; unset: what was measured to win."""
+
 SCHEDULER = "sparse_backend.vllm_plugin.scheduler.SparseScheduler"
 """The scheduler class, by the name vLLM finds it under."""
 
@@ -39,7 +42,9 @@ class BatchingSettings(BaseModel):
     @classmethod
     def from_environment(cls) -> Self:
         """What the server set; the defaults without a server."""
-        return cls.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
+        settings = cls.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
+        levers = os.environ.get(LEVERS_VARIABLE)
+        return settings.model_copy(update={"levers": frozenset(levers.split(","))}) if levers else settings
 
 
 class FinishedRequest(TypedDict):
