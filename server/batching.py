@@ -4,20 +4,25 @@ import asyncio
 import contextlib
 import json
 import pathlib
+import re
 import socket
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
 from server.settings import Settings
-from sparse_backend.vllm_plugin.batching import BatchingSettings, Report
+from sparse_backend.vllm_plugin.batching import BatchingSettings, FinishedRequest, Report
 from sparse_backend.vllm_plugin.snapshot import Path
 
 _DENSITY_BUCKETS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 _SOCKET = "batching"
+_REMEMBERED = 1024  # finished requests
+# How vLLM names the parts of a request: which of n answers, what kind, our id, which prompt of a completion, a random suffix.
+_ENGINE_ID = re.compile(r"(\d+_)?(chatcmpl-(?P<chat>.+)|cmpl-(?P<completion>.+)-\d+)-[0-9a-f]{8}")
 _LARGEST_REPORT = 1 << 20
 
 
@@ -34,6 +39,15 @@ def batching_settings(settings: Settings, folder: pathlib.Path) -> BatchingSetti
     )
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """All rows of a request."""
+
+    active: float = 0.0
+    """Sum of their densities."""
+    rows: int = 0
+
+
 class BatchingTelemetry(Collector):
     """Takes the schedulers' reports in, one scheduler for each replica, and shows them as metrics."""
 
@@ -42,6 +56,7 @@ class BatchingTelemetry(Collector):
         self._latest: dict[int, Report] = {}
         self._buckets: Counter[float] = Counter()
         self._density_sum = 0.0
+        self._finished: OrderedDict[str, _Rows] = OrderedDict()
         self._socket: socket.socket | None = None
 
     def listen(self, folder: pathlib.Path) -> None:
@@ -69,6 +84,23 @@ class BatchingTelemetry(Collector):
             bucket = next((limit for limit in _DENSITY_BUCKETS if request["density"] <= limit), _DENSITY_BUCKETS[-1])
             self._buckets[bucket] += 1
             self._density_sum += request["density"]
+            self._remember(request)
+
+    def _remember(self, request: FinishedRequest) -> None:
+        if (match := _ENGINE_ID.fullmatch(request["id"])) is None:
+            return
+        identity = match["chat"] or match["completion"]
+        found = self._finished.pop(identity, _Rows())
+        self._finished[identity] = _Rows(
+            found.active + request["density"] * request["rows"], found.rows + request["rows"]
+        )
+        if len(self._finished) > _REMEMBERED:
+            self._finished.popitem(last=False)
+
+    def density(self, request_id: str) -> float | None:
+        """Of a request that finished a moment ago, by the id of its answer; the mean over its rows if it had several prompts."""
+        found = self._finished.get(request_id)
+        return None if found is None else found.active / found.rows
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, from what is known now."""

@@ -84,3 +84,7 @@ class Reporter:
         """Send one."""
         with contextlib.suppress(OSError):
             self._socket.sendto(json.dumps(report).encode(), self._path)
+
+    def close(self) -> None:
+        """Send no more."""
+        self._socket.close()

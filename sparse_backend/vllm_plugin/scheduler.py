@@ -121,6 +121,12 @@ class SparseScheduler(AsyncScheduler):
             self._report(now)
         return outputs
 
+    def shutdown(self) -> None:
+        """The engine stops."""
+        if self._reporter is not None:
+            self._reporter.close()
+        super().shutdown()
+
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         self._arrived.pop(request.request_id, None)
         seen = self._densities.finish(request.request_id, _keys(request))
