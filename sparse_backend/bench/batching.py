@@ -63,7 +63,7 @@ _TEXTS = 64
 _LEAST_REQUESTS = 8
 _PLACEMENTS = ("even", "density")
 _TABLE_WIDTH = 180
-_SATURATION_TRACE_REQUESTS = 512
+_SATURATION_REQUESTS = 4096
 
 
 class Replay(TypedDict):
@@ -254,9 +254,9 @@ class _Prompts:
         prompt = max(1, round(self._scale * max(of_class.prompt_tokens.most for of_class in classes)))
         self._texts = [] if synthetic else held_out_prompts(checkpoint.folder, corpus, _TEXTS, prompt, plan.seed)
 
-    def of(self, trace: Trace, rate: float, count: int) -> list[Prompt]:
-        """``count`` requests, ``rate`` per second."""
-        generator = random.Random(self._seed)  # noqa: S311 - reproducible sampling, nothing secret
+    def of(self, trace: Trace, rate: float, count: int, replay: str) -> list[Prompt]:
+        """``count`` requests, ``rate`` per second; another ``replay`` has other tokens, or they would be found in the prefix cache."""
+        generator = random.Random(f"{self._seed} {replay}")  # noqa: S311 - reproducible sampling, nothing secret
         requests = trace.requests(seed=self._seed, rate=rate, count=count, scale=self._scale)
         return [Prompt(request, self._tokens(request, generator)) for request in requests]
 
@@ -266,7 +266,7 @@ class _Prompts:
             start = generator.randrange(len(text) - request.prompt_tokens + 1)
             return text[start : start + request.prompt_tokens]
         tokens = self._synthetic.class_tokens(self._classes.index(request.traffic_class))
-        return [generator.choice(tokens) for _ in range(request.prompt_tokens)]
+        return generator.choices(tokens, k=request.prompt_tokens)
 
 
 def measure(checkpoint: Checkpoint, plan: Plan, prompts: _Prompts, logs: Path) -> Iterator[BatchingReport]:
@@ -299,7 +299,7 @@ def _measure_policies(
     with _servers(checkpoint, plan, logs, policies) as servers, _pool(len(servers)) as pool:
         for name, trace in plan.traces.items():
             if name not in report["capacity"]:
-                warm_up = prompts.of(trace, 1.0, _SATURATION_TRACE_REQUESTS)
+                warm_up = prompts.of(trace, 1.0, _SATURATION_REQUESTS, "saturation")
                 saturated = [
                     pool.submit(
                         _saturate, [server.url], server.model, OneServer(), warm_up, plan.at_once, plan.saturate_s
@@ -311,7 +311,8 @@ def _measure_policies(
                 _say(f"{name}: at capacity {', '.join(f'{p} {r:.2f}/s' for p, r in zip(policies, rates, strict=True))}")
             for load in plan.loads:
                 rate = report["capacity"][name] * load
-                requests = prompts.of(trace, rate, max(_LEAST_REQUESTS, round(rate * plan.seconds)))
+                count = max(_LEAST_REQUESTS, round(rate * plan.seconds))
+                requests = prompts.of(trace, rate, count, f"load {load}")
                 replays = [
                     pool.submit(_replay, [server.url], server.model, OneServer(), requests) for server in servers
                 ]
@@ -334,15 +335,16 @@ def _measure_placements(
         urls, model = [server.url for server in servers], servers[0].model
         for name, trace in plan.traces.items():
             if name not in report["capacity"]:
-                warm_up = prompts.of(trace, 1.0, _SATURATION_TRACE_REQUESTS)
+                warm_up = prompts.of(trace, 1.0, _SATURATION_REQUESTS, "saturation")
                 at_once = plan.at_once * plan.replicas
                 saturated = pool.submit(_saturate, urls, model, Even(plan.replicas), warm_up, at_once, plan.saturate_s)
                 report["capacity"][name] = _finished_per_s(saturated.result(), plan.saturate_s)
                 _say(f"{name}: at capacity {report['capacity'][name]:.2f}/s")
             for load in plan.loads:
                 rate = report["capacity"][name] * load
-                requests = prompts.of(trace, rate, max(_LEAST_REQUESTS, round(rate * plan.seconds)))
+                count = max(_LEAST_REQUESTS, round(rate * plan.seconds))
                 for placement in plan.placements:
+                    requests = prompts.of(trace, rate, count, f"load {load} {placement}")
                     outcomes = pool.submit(_replay, urls, model, routers[placement](), requests).result()
                     result = _result(f"{plan.policies[0]}, {placement}", name, load, rate, outcomes, servers, plan)
                     report["replays"].append(result)
