@@ -255,7 +255,7 @@ class _Prompts:
         self._texts = [] if synthetic else held_out_prompts(checkpoint.folder, corpus, _TEXTS, prompt, plan.seed)
 
     def of(self, trace: Trace, rate: float, count: int, replay: str) -> list[Prompt]:
-        """``count`` requests, ``rate`` per second; another ``replay`` has other tokens, or they would be found in the prefix cache."""
+        """``count`` requests, ``rate`` per second; another ``replay`` has other tokens, which no prefix cache holds."""
         generator = random.Random(f"{self._seed} {replay}")  # noqa: S311 - reproducible sampling, nothing secret
         requests = trace.requests(seed=self._seed, rate=rate, count=count, scale=self._scale)
         return [Prompt(request, self._tokens(request, generator)) for request in requests]
