@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparse_backend.ffn.counters import ACTIVE, ROWS, STEPS, UNION
+from sparse_backend.ffn.counters import ACTIVE, ROWS, STEPS, UNION, VIEWS
 from sparse_backend.vllm_plugin.counter_copy import CounterCopy
 from sparse_backend.vllm_plugin.ffn_path import kernel_record
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
@@ -51,7 +51,10 @@ class SparsityWorkerExtension:
 
     def _snapshot(self, copy: CounterCopy) -> SparsitySnapshot:
         model = self.model_runner.model_config
-        layers = zip(self._sparse_mlps(), copy.wait(), strict=True)
+        layers = list(zip(self._sparse_mlps(), copy.wait(), strict=True))
+        for mlp, counts in layers:
+            if mlp.drelu:
+                mlp.put_sparser_view_first(counts[VIEWS])
         return {
             "kernel": kernel_record(self.device.type, model.dtype, model.hf_config.hidden_size),
             "layers": [_layer_snapshot(mlp, counts) for mlp, counts in layers],
@@ -75,6 +78,8 @@ def _layer_snapshot(mlp: SparseGatedMLP, counts: list[list[int]]) -> LayerSnapsh
     return {
         "layer": str(mlp.layer_index),
         "d_ff": mlp.d_ff,
+        "neuron_bytes": mlp.neuron_bytes,
         "max_sparse_rows": mlp.max_sparse_rows,
+        "dense_reason": mlp.dense_reason,
         "paths": path_counts(counts),
     }

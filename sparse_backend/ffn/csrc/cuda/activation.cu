@@ -178,7 +178,7 @@ cudaError_t launch_typed(const Shape& shape, const void* gate_up_out, float thre
   const int64_t threads = std::min<int64_t>((shape.rows * kStripe + kWarp - 1) / kWarp * kWarp, kMaxThreads);
   const auto kernel = drelu ? activation_kernel<Element, true> : activation_kernel<Element, false>;
   return launch_early(kernel, dim3(static_cast<unsigned>(stripes)), dim3(static_cast<unsigned>(threads)), 0,
-                      stream, 1, shape.rows, vectors, static_cast<const uint4*>(gate_up_out), threshold, is_padding,
+                      stream, shape.rows, vectors, static_cast<const uint4*>(gate_up_out), threshold, is_padding,
                       static_cast<uint4*>(h), counters, row_active);
 }
 

@@ -20,8 +20,8 @@ struct Shape {
   int64_t d_ff;     // a multiple of 8
 };
 
-// The most rows launch_sparse_ffn and launch_gate take on the current device: as many rows of x as its multiprocessors hold, one
-// each at most 16, two together, from compute capability 9.0 on, 32 of up to 4096 values. 0 where there are no kernels for the dtype.
+// The most rows launch_sparse_ffn and launch_gate take on the current device, at most 16: as many rows of x as its shared memory
+// holds. 0 where there are no kernels for the dtype.
 int max_rows(Dtype dtype, int64_t d_model);
 
 // Bytes of scratch memory one launch_sparse_ffn needs; they need not be initialised.
