@@ -59,6 +59,7 @@ from server.settings import Settings
 from server.watchdog import Watchdog
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
+from sparse_backend.vllm_plugin.batching import SCHEDULER
 from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
 
 __all__ = ["Engine", "attach", "get_prometheus_registry", "parse_flags"]
@@ -127,7 +128,8 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     arguments.served_model_name = [settings.model_name]
     arguments.dtype = checkpoint.engine_dtype(settings.dtype, float16=not current_platform.is_cpu())
     arguments.hf_overrides = {"architectures": [checkpoint.model_class]}
-    arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path}}
+    arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path, "count_rows": True}}
+    arguments.scheduler_cls = SCHEDULER
     arguments.worker_extension_cls = "sparse_backend.vllm_plugin.worker.SparsityWorkerExtension"
     if settings.max_tokens is not None:
         # What stops an answer whose request names no number; our policy refuses those that name a larger one.
