@@ -81,6 +81,7 @@ def _busy(rows: int) -> SparsitySnapshot:
                 "d_ff": 8,
                 "neuron_bytes": 16,
                 "max_sparse_rows": 1,
+                "dense_reason": "",
                 "paths": dict.fromkeys(PATHS, counts),
             }
         ],

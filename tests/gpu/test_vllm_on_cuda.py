@@ -180,7 +180,19 @@ def test_padding_that_vllm_does_not_mark_is_counted_but_nothing_is_skipped(answe
     assert rows > real_rows(round_, generated), "this engine pads nothing, so the others' counts prove nothing"
 
 
-@each(["eager", "piecewise", "full decode", "full decode only", "chunked", "synchronous", "v1", "v1 piecewise", "v1 eager"])
+@each(
+    [
+        "eager",
+        "piecewise",
+        "full decode",
+        "full decode only",
+        "chunked",
+        "synchronous",
+        "v1",
+        "v1 piecewise",
+        "v1 eager",
+    ]
+)
 def test_active_neurons_are_those_of_the_reference(answer, engines):
     """Up to those within rounding of the threshold, and to texts that part."""
     for expected, counted in zip(answered(engines, "reference").counted, answer.counted, strict=True):
