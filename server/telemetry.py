@@ -210,7 +210,7 @@ def _shapes(layers: Sequence[LayerSnapshot]) -> Iterator[Metric]:
     )
     yield _per_layer(
         "sparse_ffn_neuron_bytes",
-        "Bytes of one neuron's row in one of the layer's three matrices (gate, up, down).",
+        "Bytes of one neuron's row in one of the layer's three matrices (gate, up, down), in the engine's dtype.",
         ((layer["layer"], layer["neuron_bytes"]) for layer in layers),
     )
     yield _per_layer(

@@ -57,11 +57,6 @@ class SparseGatedMLP(nn.Module):
             "counters", counters.new_counters(torch.get_default_device(), drelu=self.drelu), persistent=False
         )
 
-    @property
-    def neuron_bytes(self) -> int:
-        """Bytes of one neuron's row in one of the matrices gate, up and down."""
-        return self.gate_up_proj.weight[0].nbytes
-
     def make_neuron_major(self) -> None:
         """Transpose down_proj once, in place of the original, so that a neuron's down weights are contiguous."""
         if not self.dense_reason:

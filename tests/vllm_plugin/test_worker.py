@@ -17,7 +17,6 @@ def mlp(index: int):
     return SimpleNamespace(
         layer_index=index,
         d_ff=D_FF,
-        neuron_bytes=32,
         max_sparse_rows=4,
         counters=counts,
         drelu=False,
