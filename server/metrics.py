@@ -1,8 +1,9 @@
 """Metrics of the server itself: requests, admission, the engine's health. Named ``sparse_…`` as the sparsity's are."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, disable_created_metrics
 
 from server.admission import Admission
 from server.errors import RefusalError
@@ -17,6 +18,9 @@ class ServerMetrics:
 
     def __init__(self, health: Health, admission: Admission) -> None:
         self.registry = CollectorRegistry()
+        self._server = Info(
+            "sparse_server", "The served model, by the name clients give, and our version.", registry=self.registry
+        )
         self._requests = Counter(
             "sparse_http_requests",
             "Requests answered, by path (paths that are not served: other) and status (499: the client went away).",
@@ -64,6 +68,10 @@ class ServerMetrics:
             "Tokens that may wait (queue_tokens).",
             lambda: admission.limits.queue_tokens,
         )
+
+    def serves(self, model: str) -> None:
+        """Say which model it is."""
+        self._server.info({"model": model, "version": version("prosparse-serve")})
 
     def answered(self, path: str, status: int) -> None:
         """Count a request that came to its end; ``path`` as ``paths.label`` says it."""

@@ -140,7 +140,7 @@ class SparsityTelemetry(Collector):
             self._snapshots.popleft()
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics, from what is known now; asks nobody."""
+        """All metrics, from what is known now; asks nobody. What is not known yet has no sample."""
         yield SummaryMetricFamily(
             "sparse_snapshot_seconds",
             "Time the engine took to answer with its sparsity counters.",
@@ -151,34 +151,24 @@ class SparsityTelemetry(Collector):
             "sparse_snapshot_failures", "Scrapes for which the engine gave no counters in time.", value=self._failures
         )
         yield _per_layer(
-            "sparse_checkpoint_density",
-            "Share of active neurons on held-out text when the checkpoint was made, from its manifest.",
+            "sparse_ffn_expected_density",
+            "Share of neurons active per token row on held-out text when the checkpoint was made, from its manifest;"
+            " absent without one.",
             ((str(layer), density) for layer, density in enumerate(self._checkpoint_densities or ())),
         )
-        if not self._snapshots:
-            return
-        latest = self._snapshots[-1][1]
-        kernel = latest["kernel"]
-        yield InfoMetricFamily(
-            "sparse_kernel",
-            "Implementation of the feed-forward layers; the reason is empty unless there is no sparse path.",
-            value={"name": kernel["name"], "isa": kernel["isa"], "reason": kernel["reason"]},
-        )
-        yield _per_layer(
-            "sparse_ffn_neurons",
-            "Neurons (d_ff) of the layer.",
-            ((layer["layer"], layer["d_ff"]) for layer in latest["layers"]),
-        )
-        yield from _counters(latest)
-        yield from self._densities(latest)
+        latest = self._snapshots[-1][1] if self._snapshots else None
+        yield _kernel(latest["kernel"] if latest else None)
+        layers = latest["layers"] if latest else []
+        yield from _shapes(layers)
+        yield from _counters(layers)
+        yield from self._densities()
 
-    def _densities(self, latest: SparsitySnapshot) -> Iterator[Metric]:
+    def _densities(self) -> Iterator[Metric]:
         density: list[tuple[str, float]] = []
         union_density: list[tuple[str, float]] = []
-        base_time, base = self._snapshots[0]
         # If the engine has stopped answering, old densities would look like live ones.
-        if self._clock() - self._snapshots[-1][0] <= WINDOW and base_time < self._snapshots[-1][0]:
-            for before, now in zip(base["layers"], latest["layers"], strict=True):
+        if self._snapshots and self._clock() - self._snapshots[-1][0] <= WINDOW:
+            for before, now in zip(self._snapshots[0][1]["layers"], self._snapshots[-1][1]["layers"], strict=True):
                 delta = _Sums.of(now) - _Sums.of(before)
                 if delta.rows > 0:
                     density.append((now["layer"], delta.active / (delta.rows * now["d_ff"])))
@@ -202,7 +192,35 @@ def _per_layer(name: str, documentation: str, values: Iterable[tuple[str, float]
     return family
 
 
-def _counters(snapshot: SparsitySnapshot) -> Iterator[Metric]:
+def _kernel(kernel: KernelRecord | None) -> InfoMetricFamily:
+    family = InfoMetricFamily(
+        "sparse_kernel",
+        "Implementation of the feed-forward layers: cpu, cuda, or reference where the kernels could not be built; the reason is"
+        " empty unless every layer is therefore computed densely.",
+        labels=[],
+    )
+    if kernel is not None:
+        family.add_metric([], {"name": kernel["name"], "isa": kernel["isa"], "reason": kernel["reason"]})
+    return family
+
+
+def _shapes(layers: Sequence[LayerSnapshot]) -> Iterator[Metric]:
+    yield _per_layer(
+        "sparse_ffn_neurons", "Neurons (d_ff) of the layer.", ((layer["layer"], layer["d_ff"]) for layer in layers)
+    )
+    yield _per_layer(
+        "sparse_ffn_neuron_bytes",
+        "Bytes of one neuron's row in one of the layer's three matrices (gate, up, down), in the engine's dtype.",
+        ((layer["layer"], layer["neuron_bytes"]) for layer in layers),
+    )
+    yield _per_layer(
+        "sparse_ffn_max_sparse_rows",
+        "Steps of at most this many token rows take the sparse path; 0: none does.",
+        ((layer["layer"], layer["max_sparse_rows"]) for layer in layers),
+    )
+
+
+def _counters(layers: Sequence[LayerSnapshot]) -> Iterator[Metric]:
     rows = CounterMetricFamily("sparse_ffn_rows", "Token rows computed.", labels=["layer", "path"])
     active = CounterMetricFamily(
         "sparse_ffn_active_neurons", "Active neurons, summed over rows.", labels=["layer", "path"]
@@ -215,7 +233,7 @@ def _counters(snapshot: SparsitySnapshot) -> Iterator[Metric]:
     steps = CounterMetricFamily(
         "sparse_ffn_steps", "Engine steps that computed at least one row.", labels=["layer", "path"]
     )
-    for layer in snapshot["layers"]:
+    for layer in layers:
         for path in PATHS:
             counts = layer["paths"][path]
             labels = [layer["layer"], path]

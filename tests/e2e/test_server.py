@@ -226,7 +226,7 @@ def test_metrics_show_the_sparsity_of_what_is_generated(server, client):
     rows = ("sparse_ffn_rows_total", frozenset({"layer": "0", "path": "sparse"}.items()))
     assert scrapes[-1][rows] > before[rows]
     assert by_layer(scrapes[-1], "sparse_ffn_neurons") == dict.fromkeys(layers, checkpoint.config["intermediate_size"])
-    assert set(by_layer(scrapes[-1], "sparse_checkpoint_density")) == layers
+    assert set(by_layer(scrapes[-1], "sparse_ffn_expected_density")) == layers
     names = {name for name, _ in scrapes[-1]}
     assert {"sparse_kernel_info", "vllm:generation_tokens_total", "vllm:time_to_first_token_seconds_count"} <= names
     assert scrapes[-1]["sparse_snapshot_failures_total", frozenset()] == 0

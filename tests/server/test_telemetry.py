@@ -25,7 +25,8 @@ def snapshot(rows, active, union, steps, *, dense_rows=0, layers=1):
         {
             "kernel": {"name": "cpu", "isa": "avx2", "reason": ""},
             "layers": [
-                {"layer": str(index), "d_ff": D_FF, "max_sparse_rows": 4, "paths": paths} for index in range(layers)
+                {"layer": str(index), "d_ff": D_FF, "neuron_bytes": 32, "max_sparse_rows": 4, "paths": paths}
+                for index in range(layers)
             ],
         }
     ]
@@ -86,8 +87,8 @@ def test_before_the_engine_is_up_only_what_is_known_is_shown():
         ("sparse_snapshot_seconds_count",): 0,
         ("sparse_snapshot_seconds_sum",): 0,
         ("sparse_snapshot_failures_total",): 0,
-        ("sparse_checkpoint_density", "0"): 0.25,
-        ("sparse_checkpoint_density", "1"): 0.5,
+        ("sparse_ffn_expected_density", "0"): 0.25,
+        ("sparse_ffn_expected_density", "1"): 0.5,
     }
 
 
@@ -96,7 +97,9 @@ async def test_counters_and_info(live, engine):
     assert live.kernel["isa"] == "avx2"
     assert shown["sparse_kernel_info", "avx2", "cpu", ""] == 1
     assert shown["sparse_ffn_neurons", "0"] == D_FF
-    assert shown["sparse_checkpoint_density", "0"] == 0.25
+    assert shown["sparse_ffn_neuron_bytes", "0"] == 32
+    assert shown["sparse_ffn_max_sparse_rows", "0"] == 4
+    assert shown["sparse_ffn_expected_density", "0"] == 0.25
     assert shown["sparse_ffn_rows_total", "0", "sparse"] == 10
     assert shown["sparse_ffn_rows_total", "0", "dense"] == 2
     assert shown["sparse_ffn_active_neurons_total", "0", "sparse"] == 120
