@@ -40,8 +40,7 @@ async def drain(server: Server) -> list[Outcome]:
     # Ctrl-C in a terminal reaches the engine's processes too; they must not end before the server tells them to.
     for pid in set(server.processes()) - {server.process.pid}:
         os.kill(pid, signal.SIGINT)
-    while server.get("/readyz").status_code == 200:
-        await asyncio.sleep(0.01)
+    await asyncio.to_thread(server.wait_until, lambda: server.get("/readyz").status_code == 503, 5, "draining")
     assert not any(task.done() for task in running), "a stream ended before the drain could be seen"
     assert server.get("/livez").status_code == 200
     assert server.get("/readyz").json() == {"status": "not ready", "reason": "The server is shutting down."}
