@@ -137,6 +137,10 @@ def test_the_whole_vocabulary_is_too_many_alternatives():
     assert parse({"messages": HELLO, "logprobs": True}, CHAT_PATH)
 
 
+def test_a_conversation_has_a_message():
+    assert refused({"messages": []}, CHAT_PATH).param == "messages"
+
+
 @pytest.mark.parametrize(
     "part",
     [
