@@ -60,7 +60,7 @@ from server.watchdog import Watchdog
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
 from sparse_backend.vllm_plugin.batching import SCHEDULER
-from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
+from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot, merge
 
 __all__ = ["Engine", "attach", "get_prometheus_registry", "parse_flags"]
 
@@ -292,15 +292,15 @@ class Engine:
 
     async def reset_counters(self) -> None:
         """Forget the rows of the warm-up."""
-        await self._llm.collective_rpc("sparsity_reset")
+        await self._ask_workers("sparsity_reset")
 
     async def snapshots(self) -> list[SparsitySnapshot]:
-        """Each worker's sparsity counters; the engine goes on working while a GPU copies them."""
-        answers = await self._llm.collective_rpc("sparsity_snapshot_begin")
-        while None in answers:
+        """Each replica's sparsity counters; the engine goes on working while a GPU copies them."""
+        replicas = await self._ask_workers("sparsity_snapshot_begin")
+        while any(None in workers for workers in replicas):
             await asyncio.sleep(_SNAPSHOT_INTERVAL)
-            answers = await self._llm.collective_rpc("sparsity_snapshot_poll")
-        return cast(list[SparsitySnapshot], answers)
+            replicas = await self._ask_workers("sparsity_snapshot_poll")
+        return [merge(workers) for workers in replicas]
 
     def kill(self) -> None:
         """End the engine's processes now, also those that are stopped or whose parent is gone; requests get an error."""
@@ -334,7 +334,12 @@ class Engine:
         return self._llm.get_num_unfinished_requests() > 0
 
     async def _ask(self) -> None:
-        await self._llm.collective_rpc("check_health")
+        await self._ask_workers("check_health")
+
+    async def _ask_workers(self, method: str) -> list[list[Any]]:
+        """All workers' answers, by replica; vLLM's own ``collective_rpc`` gives those of one replica."""
+        client = self._llm.engine_core
+        return cast(list[list[Any]], await client.call_utility_all_async("collective_rpc", method, None, (), None))
 
 
 def _family(processes: list[multiprocessing.Process]) -> list[psutil.Process]:
