@@ -13,6 +13,7 @@ import signal
 import sysconfig
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable, Iterator
+from itertools import pairwise
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -163,6 +164,23 @@ def _set_cpu_defaults(arguments: Namespace) -> None:
     if not arguments.enforce_eager and not _can_compile():
         say("no C++ compiler or no Python.h (python3-dev): the model runs uncompiled, which is slower")
         arguments.enforce_eager = True
+    if arguments.pipeline_parallel_size > 1 and arguments.enforce_eager:
+        raise UserError(
+            f"--pipeline-parallel-size {arguments.pipeline_parallel_size} on a CPU needs the compiled model: vLLM {VLLM_VERSION}"
+            " dies of it uncompiled. Leave --enforce-eager out, and install g++ and python3-dev if they are missing."
+        )
+    local_replicas = arguments.data_parallel_size_local or arguments.data_parallel_size
+    workers = local_replicas * arguments.tensor_parallel_size * arguments.pipeline_parallel_size
+    if workers > 1:
+        # vLLM's own default is a NUMA node for each, and to die where there are not enough of them.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(sorted(os.sched_getaffinity(0)), workers))
+
+
+def _share_cores(cores: list[int], workers: int) -> str:
+    """Cores of each worker, as vLLM reads them: "0,1|2,3"; with more workers than cores some have the same one."""
+    bounds = [len(cores) * index // workers for index in range(workers + 1)]
+    shares = [cores[first : max(end, first + 1)] for first, end in pairwise(bounds)]
+    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def _can_compile() -> bool:

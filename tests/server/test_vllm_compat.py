@@ -1,5 +1,6 @@
 """The contract with vLLM 0.32's server internals: flags, routes, error handlers. Starts no engine."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,37 @@ def test_float16_is_for_gpus(compat, tmp_path, monkeypatch):
     assert parse(compat, folder).dtype == "float16"
     assert parse(compat, folder, dtype="float16").dtype == "float16"
     assert parse(compat, folder).kv_cache_memory_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "bound"),
+    [
+        ((), None),
+        (("-tp", "2"), "0,1,2|3,4,5"),
+        (("-dp", "2", "-tp", "2"), "0|1,2|3|4,5"),
+        (("-dp", "4", "-dpl", "1", "-tp", "2"), "0,1,2|3,4,5"),
+        (("-pp", "2", "-tp", "4"), "0|0|1|2|3|3|4|5"),
+    ],
+)
+def test_cpu_workers_share_the_cores_out(compat, folder, monkeypatch, flags, bound):
+    # Set first: what is not there is not put back as it was.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "")
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND")
+    monkeypatch.setattr(compat, "_can_compile", lambda: True)
+    monkeypatch.setattr(compat.os, "sched_getaffinity", lambda _: set(range(6)))
+    parse(compat, folder, *flags)
+    assert os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == bound
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "5")
+    parse(compat, folder, *flags)
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "5"
+
+
+@pytest.mark.parametrize("can_compile", [True, False])
+def test_an_uncompiled_pipeline_on_a_cpu_is_refused(compat, folder, monkeypatch, can_compile):
+    monkeypatch.setattr(compat, "_can_compile", lambda: can_compile)
+    flags = ("--enforce-eager",) if can_compile else ()
+    with pytest.raises(UserError, match=r"--pipeline-parallel-size 2 on a CPU needs the compiled model"):
+        parse(compat, folder, "-pp", "2", *flags)
 
 
 class Replicas:
