@@ -287,8 +287,9 @@ class Engine:
 
     @property
     def max_sequences(self) -> int:
-        """Sequences it computes at once."""
-        return int(self._llm.vllm_config.scheduler_config.max_num_seqs)
+        """Sequences it computes at once, all replicas together."""
+        config = self._llm.vllm_config
+        return int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
 
     @property
     def context_length(self) -> int:

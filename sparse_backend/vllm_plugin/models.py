@@ -25,7 +25,7 @@ from sparse_backend.vllm_plugin import padding
 from sparse_backend.vllm_plugin.ffn_path import layer_table, max_sparse_rows_per_layer, plugin_settings
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
 from sparse_backend.vllm_plugin.norm import norm_class
-from sparse_backend.vllm_plugin.row_counts import RowCountsWriter, file_of, most_rows
+from sparse_backend.vllm_plugin.row_counts import RowCountsWriter, WorkerFacts, file_of, most_rows
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +77,9 @@ class SparseFeedForward:
             norm = norm_class(vllm_config.model_config.dtype, config.hidden_size, layer.mlp.max_sparse_rows)
             for name in _NORMS:
                 setattr(layer, name, norm(config.hidden_size, eps=config.rms_norm_eps))
-        self._tell_of_dense_layers()
-        self._row_counts = None
-        if plugin_settings(vllm_config).count_rows:
-            self._count_rows(vllm_config)
+        if get_tensor_model_parallel_rank() == 0:
+            self._tell_of_dense_layers()
+        self._row_counts = self._count_rows(vllm_config) if plugin_settings(vllm_config).count_rows else None
 
     def process_weights_after_loading(self) -> None:
         """Called by vLLM when all weights are in place."""
@@ -101,24 +100,21 @@ class SparseFeedForward:
         if self._row_counts is not None:
             self._row_counts.publish()
 
-    def _count_rows(self, vllm_config: VllmConfig) -> None:
+    def _count_rows(self, vllm_config: VllmConfig) -> RowCountsWriter | None:
         mlps = self._sparse_mlps()
         row_active = torch.zeros(most_rows(vllm_config), dtype=torch.int32, device=mlps[0].counters.device)
         for mlp in mlps:
             mlp.count_rows(row_active)
-        if get_tensor_model_parallel_rank() == 0 and get_pp_group().is_last_rank:
-            table = layer_table(vllm_config)
-            self._row_counts = RowCountsWriter(
-                file_of(vllm_config),
-                mlps[0].counters,
-                row_active,
-                {
-                    "neurons": sum(mlp.d_ff for mlp in mlps),
-                    "max_sparse_rows": [mlp.max_sparse_rows for mlp in mlps],
-                    "sparse_us": list(table.sparse),
-                    "dense_us": list(table.dense),
-                },
-            )
+        if get_tensor_model_parallel_rank() > 0 or not get_pp_group().is_last_rank:
+            return None
+        table = layer_table(vllm_config)
+        facts: WorkerFacts = {
+            "neurons": sum(mlp.d_ff for mlp in mlps),
+            "max_sparse_rows": [mlp.max_sparse_rows for mlp in mlps],
+            "sparse_us": list(table.sparse),
+            "dense_us": list(table.dense),
+        }
+        return RowCountsWriter(file_of(vllm_config), mlps[0].counters, row_active, facts)
 
     def _sparse_mlps(self) -> list[SparseGatedMLP]:
         return [layer.mlp for layer in self.model.layers if not isinstance(layer, PPMissingLayer)]
