@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from deploy.prometheus import exported, reference
-from deploy.queries import dashboard_expressions, metrics, rule_expressions, selectors
+from deploy.metrics import exported, reference
+from deploy.metrics.queries import dashboard_expressions, metrics, rule_expressions, selectors
 
 # Prometheus's own.
 BUILT_IN = {"up", "ALERTS"}
@@ -93,4 +93,4 @@ def test_the_objectives_limits_are_buckets_of_vllms_histograms(vllms):
 
 
 def test_the_reference_is_up_to_date():
-    assert reference.PAGE.read_text() == reference.page(), "run `python -m deploy.prometheus.reference`"
+    assert reference.PAGE.read_text() == reference.page(), "run `python -m deploy.metrics.reference`"

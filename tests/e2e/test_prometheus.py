@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from deploy.grafana import mockup
-from deploy.queries import Expression, boards, dashboard_expressions, rule_expressions, selectors
+from deploy.metrics.queries import Expression, boards, dashboard_expressions, rule_expressions, selectors
 from tests.deploy.prometheus import MISSING, Prometheus, program
 from tests.deploy.test_metrics import TO_COME
 from tests.e2e.servers import Server
@@ -24,11 +24,11 @@ _NO_ALERT = "nothing is wrong"
 
 # What finds nothing while all is well, with the reason. A panel by its place, a selector of a rule as PromQL.
 EMPTY_AT_REST = {
-    "ProSparse · Service: Alerts": _NO_ALERT,
-    "ProSparse · Sparsity: Alerts": _NO_ALERT,
-    "ProSparse · Fleet: Alerts": _NO_ALERT,
-    "ProSparse · Service: Rejections by reason": "no request was refused",
-    "ProSparse · Sparsity: Fallbacks to first come, first served": "the scheduler did not fall back",
+    "ProSparse / Service: Alerts": _NO_ALERT,
+    "ProSparse / Sparsity: Alerts": _NO_ALERT,
+    "ProSparse / Fleet: Alerts": _NO_ALERT,
+    "ProSparse / Service: Rejections by reason": "no request was refused",
+    "ProSparse / Sparsity: Fallbacks to first come, first served": "the scheduler did not fall back",
     'sparse_http_requests_total{path=~"/v1/.*",status=~"5.."}': "no request failed",
     'sparse_kernel_info{reason!=""}': "there is a sparse path",
     "instance:sparse_ffn_drifted_layers:count15m": "no layer is off its density",
