@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 
 from server.admission import Admission
 from server.auth import KeyCheck, KeyRing
+from server.batching import BatchingTelemetry
 from server.errors import InternalErrors
 from server.health import FrontDoor, Health, probe_router
 from server.intake import Intake
@@ -25,11 +26,17 @@ TITLE = "ProSparse Serve"
 
 
 def outer_chain(
-    door: FrontDoor, settings: Settings, keys: KeyRing, metrics: ServerMetrics, log: Callable[[str], None]
+    door: FrontDoor,
+    settings: Settings,
+    keys: KeyRing,
+    metrics: ServerMetrics,
+    batching: BatchingTelemetry,
+    log: Callable[[str], None],
 ) -> ASGIApp:
     """What uvicorn calls: CORS → id, log line, count → keys → the front door (probes, metrics, the API while ready)."""
     app: ASGIApp = KeyCheck(door, keys, settings.metrics_access)
-    app = RequestLog(app, metrics, log if settings.request_log == "on" else None, prompts=settings.log_prompts)
+    write = log if settings.request_log == "on" else None
+    app = RequestLog(app, metrics, batching.density, write, prompts=settings.log_prompts)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,

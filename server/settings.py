@@ -20,7 +20,9 @@ from sparse_backend.errors import UserError
 PREFIX = "PROSPARSE_"
 
 # Environment keys with our prefix that other rooms read; everything else under the prefix must be a setting.
-OTHER_ENVIRONMENT_KEYS = frozenset({"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA"})
+OTHER_ENVIRONMENT_KEYS = frozenset(
+    {"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA", "PROSPARSE_BATCHING_SETTINGS", "PROSPARSE_BATCHING_LEVERS"}
+)
 
 # What PROSPARSE_CPU_ISA may be. The kernels decide what this CPU has of them, but only once the engine's workers are up.
 CPU_ISAS = ("amx", "avx512_bf16", "avx512f", "avx2", "portable")
@@ -36,6 +38,7 @@ _OUR_FLAGS = {
     "--config": "config",
     "--shutdown-timeout": "drain_timeout",
     "--additional-config": "ffn_path",
+    "--scheduler-cls": "batching",
     "--log-level": "log_level",
 }
 
@@ -95,6 +98,30 @@ class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
         "auto",
         description="how feed-forward layers compute: auto takes the sparse path up to the row count where it was"
         " measured to win on this machine, and the dense path beyond; sparse and dense force one path",
+    )
+    batching: Literal["fcfs", "sparse"] = Field(
+        "fcfs",
+        description="what a step is made of: fcfs, whatever has come, in that order, as vLLM does it; sparse, as much of the"
+        " waiting prompts as the objectives leave room for, by the predicted time of the step",
+    )
+    itl_slo_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="with --batching sparse: objective for the milliseconds between two tokens of a request; longer prompts are"
+        " read in smaller pieces to keep it. One that not even a single request can meet is said at start-up",
+    )
+    ttft_slo_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="with --batching sparse: objective for the milliseconds to a request's first token",
+    )
+    max_unfairness_ms: float = Field(
+        100.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="with --batching sparse: milliseconds that a waiting request may lose to others that came later",
     )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         (),

@@ -24,6 +24,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs
@@ -58,6 +59,7 @@ from server.settings import Settings
 from server.watchdog import Watchdog
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
+from sparse_backend.vllm_plugin.batching import SCHEDULER
 from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
 
 __all__ = ["Engine", "attach", "get_prometheus_registry", "parse_flags"]
@@ -112,6 +114,12 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
             f" (max_position_embeddings) that {checkpoint.folder} was made for. Give at most that, or leave it out."
         )
     _check_neurons_per_rank(arguments.tensor_parallel_size, checkpoint)
+    if arguments.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
+        raise UserError(
+            "cudagraph_mode FULL (after `--`) puts the attention of mixed steps, prefill beside decoding, into CUDA graphs, and"
+            f" vLLM {VLLM_VERSION} then gives wrong text with FlashAttention 3. Leave it out (FULL_AND_PIECEWISE), or give"
+            " FULL_DECODE_ONLY."
+        )
     if settings.dtype == "float16" and current_platform.is_cpu():
         raise UserError(
             "--dtype float16 needs a GPU: on a CPU we compute in bfloat16 or float32. Give one of these, or leave it out."
@@ -120,7 +128,8 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     arguments.served_model_name = [settings.model_name]
     arguments.dtype = checkpoint.engine_dtype(settings.dtype, float16=not current_platform.is_cpu())
     arguments.hf_overrides = {"architectures": [checkpoint.model_class]}
-    arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path}}
+    arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path, "count_rows": True}}
+    arguments.scheduler_cls = SCHEDULER
     arguments.worker_extension_cls = "sparse_backend.vllm_plugin.worker.SparsityWorkerExtension"
     if settings.max_tokens is not None:
         # What stops an answer whose request names no number; our policy refuses those that name a larger one.

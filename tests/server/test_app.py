@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from server.admission import Admission
 from server.app import api_app, inner_chain, operations_app, operations_routers, outer_chain
 from server.auth import KeyRing
+from server.batching import BatchingTelemetry
 from server.health import FrontDoor, Health
 from server.metrics import ServerMetrics
 from server.paths import DOCUMENTATION_PATHS
@@ -35,7 +36,7 @@ def build(*keys: str, **flags) -> httpx.AsyncClient:
     policy = RequestPolicy(settings, 512)
     door.api = inner_chain(api_app(operations), settings, policy, KeyRates(settings), admission, metrics)
     health.ready(Engine())
-    chain = outer_chain(door, settings, KeyRing(keys), metrics, lambda line: None)
+    chain = outer_chain(door, settings, KeyRing(keys), metrics, BatchingTelemetry("fcfs"), lambda line: None)
     return httpx.AsyncClient(transport=httpx.ASGITransport(chain), base_url="http://server")
 
 
