@@ -10,15 +10,6 @@ from deploy.metrics.queries import dashboard_expressions, metrics, rule_expressi
 # Prometheus's own.
 BUILT_IN = {"up", "ALERTS"}
 
-# Temporary: metrics that branches not merged yet will export. To be gone with them.
-TO_COME = {
-    "sparse_request_density_bucket": set(),
-    "sparse_cost_error_ratio": {"path"},
-    "sparse_scheduler_decisions_total": {"decision"},
-    "sparse_scheduler_fallbacks_total": {"reason"},
-    "sparse_batching_info": {"policy"},
-}
-
 EXPRESSIONS = [*dashboard_expressions(), *rule_expressions()]
 RECORDED = {rule.place for rule in rule_expressions() if rule.kind == "record"}
 
@@ -39,9 +30,7 @@ def vllms():
 @pytest.fixture(scope="module")
 def known(ours, vllms):
     """{series: its labels} of all that the code exports."""
-    return TO_COME | {
-        name: set(exported.labels(family)) for family in (*ours, *vllms) for name in exported.series(family)
-    }
+    return {name: set(exported.labels(family)) for family in (*ours, *vllms) for name in exported.series(family)}
 
 
 def test_every_metric_that_is_named_is_exported_or_recorded(known):
