@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 
 from server.auth import ApiKeyMiddleware
 from server.health import METRICS_PATH, FrontDoor, Health, probe_router
+from server.page import page_router
 from server.telemetry import SparsityTelemetry
 
 TITLE = "ProSparse Serve"
@@ -30,7 +31,7 @@ def metrics_router(telemetry: SparsityTelemetry, registries: Iterable[Callable[[
 
 
 def operations_app(routers: Iterable[APIRouter]) -> FastAPI:
-    """Probes and metrics, which answer in every phase."""
+    """Probes, metrics and the live page, which answer in every phase."""
     app = FastAPI(title=TITLE, openapi_url=None, redirect_slashes=False)
     for router in routers:
         app.include_router(router)
@@ -54,5 +55,5 @@ def with_keys(door: FrontDoor, keys: list[str]) -> ASGIApp:
 def operations_routers(
     health: Health, telemetry: SparsityTelemetry, registries: Iterable[Callable[[], CollectorRegistry]]
 ) -> list[APIRouter]:
-    """Probes and metrics."""
-    return [probe_router(health), metrics_router(telemetry, registries)]
+    """Probes, metrics and the live page."""
+    return [probe_router(health), metrics_router(telemetry, registries), page_router()]

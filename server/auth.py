@@ -8,8 +8,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import error_response
 from server.health import PROBE_PATHS
+from server.page import PAGE_PATHS
 
-_OPEN = frozenset(path.encode() for path in PROBE_PATHS)
+_OPEN = frozenset(path.encode() for path in (*PROBE_PATHS, *PAGE_PATHS))
 
 
 class ApiKeyMiddleware:
