@@ -1,4 +1,4 @@
-"""The live page at ``/``: static files without a secret in them; all they show comes from the API and ``/metrics``, by the user's key."""
+"""The live page at ``/``: static files that hold no secret; their scripts ask the API and ``/metrics`` with the user's key."""
 
 from collections.abc import Callable
 from pathlib import Path

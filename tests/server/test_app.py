@@ -39,7 +39,7 @@ async def test_the_openapi_page_documents_probes_and_metrics():
 
 
 @pytest.mark.parametrize(
-    "path", ["/metrics", "/openapi.json", "/v1/models", "/unknown", "//livez", "/livez/", "/metrics/"]
+    "path", ["/metrics", "/openapi.json", "/v1/models", "/unknown", "/livez/", "/metrics/", "/page/", "/page/absent.js"]
 )
 async def test_with_keys_everything_but_the_probes_needs_one(path):
     async with build(["k"]) as client:

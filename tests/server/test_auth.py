@@ -53,7 +53,9 @@ async def test_probes_need_no_key(raw_path):
         b"/docs",
         b"/openapi.json",
         b"/unknown",
-        b"/",
+        b"//",
+        b"/page/",
+        b"/page/absent.js",
         b"",
         b"*",
         # Not the probes, byte for byte, whatever a router would make of them.
