@@ -17,11 +17,11 @@ class LayerRecount(TypedDict):
     counters: PathCounts
     """What the kernel counted."""
     same_gates: PathCounts
-    """A plain PyTorch count over the very gate values that the kernel computes for the recorded inputs."""
+    """A plain PyTorch count over the very gate (dReLU: and up) values that the kernel computes for the recorded inputs."""
     gates: int
-    """Gate values computed."""
+    """Values that were compared with the threshold."""
     moved: int
-    """Neurons on another side of the threshold when the gate is recomputed in float64."""
+    """Those of them on another side of it when recomputed in float64."""
     moved_beyond_rounding: int
     """Those of them further from the threshold than the rounding error of the layer's dtype can explain."""
 
@@ -50,26 +50,30 @@ class RecordingWorkerExtension(SparsityWorkerExtension):
 
     def _recount(self, mlp: nn.Module) -> LayerRecount:
         weight = mlp.gate_up_proj.weight
-        gate64 = weight[: mlp.d_ff].double()
+        compared = [(op.gate_values, weight[: mlp.d_ff]), (op.up_values, weight[mlp.d_ff :])][: 2 if mlp.drelu else 1]
         threshold = torch.tensor(mlp.threshold, dtype=torch.float32)
         same: PathCounts = {"rows": 0, "active": 0, "union": 0, "steps": 0}
         gates = moved = beyond = 0
         for x in self._inputs[mlp.layer_index]:
-            values = op.gate_values(x, weight, mlp.max_sparse_rows)
-            active = values > threshold
+            active = torch.ones(x.shape[0], mlp.d_ff, dtype=torch.bool)
+            for values_of, rows_of in compared:
+                values = values_of(x, weight, mlp.max_sparse_rows)
+                above = values > threshold
+                active &= above
+                gates += above.numel()
+                exact = x.double() @ rows_of.double().t()
+                differs = (exact > threshold.double()) != above
+                # |computed - exact| <= n * u * sum|x_i w_i| for any order of summation (Higham 2002, eq. 3.5), u the unit
+                # roundoff.
+                bound = x.shape[1] * torch.finfo(torch.float32).eps * (x.double().abs() @ rows_of.double().abs().t())
+                if values.dtype != torch.float32:
+                    bound += torch.finfo(values.dtype).eps * exact.abs()
+                moved += int(differs.sum())
+                beyond += int((differs & ((exact - threshold).abs() > bound)).sum())
             same["rows"] += x.shape[0]
             same["active"] += int(active.sum())
             same["union"] += int(active.any(0).sum())
             same["steps"] += 1
-            gates += active.numel()
-            exact = x.double() @ gate64.t()
-            differs = (exact > threshold.double()) != active
-            # |computed - exact| <= n * u * sum|x_i w_i| for any order of summation (Higham 2002, eq. 3.5), u the unit roundoff.
-            bound = x.shape[1] * torch.finfo(torch.float32).eps * (x.double().abs() @ gate64.abs().t())
-            if values.dtype != torch.float32:
-                bound += torch.finfo(values.dtype).eps * exact.abs()
-            moved += int(differs.sum())
-            beyond += int((differs & ((exact - threshold).abs() > bound)).sum())
         path: Path = "sparse" if mlp.max_sparse_rows > 0 else "dense"
         return {
             "layer": mlp.layer_index,

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from sparse_backend.ffn import native, reference
-from sparse_backend.ffn.counters import SHAPE
+from sparse_backend.ffn.counters import shape
 
 _ALIGNMENT = 16
 
@@ -14,7 +14,12 @@ _ALIGNMENT = 16
 _library = torch.library.Library("prosparse", "DEF")
 _library.define(
     "sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, float threshold, Tensor(a!) counters, int max_sparse_rows,"
-    " Tensor? is_padding=None) -> Tensor",
+    " Tensor? is_padding=None, bool drelu=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_library.define(
+    "gated_activation(Tensor gate_up_out, float threshold, Tensor(a!) counters, Tensor? is_padding=None, bool drelu=False)"
+    " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
@@ -30,6 +35,7 @@ def sparse_gated_ffn(
     counters: torch.Tensor,
     max_sparse_rows: int,
     is_padding: torch.Tensor | None = None,
+    drelu: bool = False,
 ) -> torch.Tensor:
     """The gated feed-forward layer: y = (gate * active * up) @ down_t, gate and up = x @ gate_up^T.
 
@@ -39,6 +45,11 @@ def sparse_gated_ffn(
     same bits for the same input and number of threads. Weights must be finite: the sparse path does not look at those of
     neurons that no row activates.
 
+    With ``drelu`` (Turbo Sparse, arXiv 2406.05955: relu(gate) * relu(up)) a neuron's up value must be above the threshold, too.
+    Then gate and up rows may change places, which changes no result. The sparse path reads all gate rows, the up rows of neurons
+    whose gate is above the threshold for some row, and the down rows of active neurons: the sparser of the two belongs in the
+    gate's place. The counters of the dense path tell which one that is. An inactive neuron adds nothing, whatever its values.
+
     On a GPU the dense path is also taken in float32 and above the row count the kernels take (``native.max_rows``). There
     gate weights are read while the kernel ahead on the stream runs out: after changing them, synchronise once.
 
@@ -47,9 +58,10 @@ def sparse_gated_ffn(
         gate_up: [2 * d_ff, d_model], the dtype of x: gate rows, then up rows, one per neuron.
         down_t: [d_ff, d_model], the dtype of x: the transposed down projection.
         threshold: 0 or more; 0 is ReLU, more is FATReLU.
-        counters: int64 [2, 4], see ``sparse_backend.ffn.counters``; this call is added to it.
+        counters: int64 [2, 4], with drelu [3, 4], see ``sparse_backend.ffn.counters``; this call is added to it.
         max_sparse_rows: 0 always takes the dense path. It is compared with all rows, those of padding included.
         is_padding: bool [rows]; rows where it is True are neither computed nor counted, and their y is 0. None: no padding.
+        drelu: whether up values must be above the threshold, too.
 
     d_model and d_ff are multiples of 8; all tensors are on one device and contiguous; x and the weights start at a multiple of
     16 bytes.
@@ -57,7 +69,31 @@ def sparse_gated_ffn(
     Raises:
         RuntimeError: a tensor has another dtype, shape, layout or device; the message names it.
     """
-    return torch.ops.prosparse.sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding)
+    return torch.ops.prosparse.sparse_gated_ffn(
+        x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding, drelu
+    )
+
+
+def gated_activation(
+    gate_up_out: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    is_padding: torch.Tensor | None = None,
+    drelu: bool = False,
+) -> torch.Tensor:
+    """The middle of the dense path by itself, for layers whose products are not ours: h = gate * active * up [rows, d_ff].
+
+    Args:
+        gate_up_out: [rows, 2 * d_ff], gate values, then up values; contiguous, bfloat16 or float32, on a GPU also float16.
+        threshold: as for ``sparse_gated_ffn``, and so are counters and drelu.
+        counters: this call is added to their dense path.
+        is_padding: bool [rows]; the h of rows where it is True is 0, and they are not counted.
+        drelu: whether up values must be above the threshold, too.
+
+    Raises:
+        RuntimeError: a tensor has another dtype, shape, layout or device; the message names it.
+    """
+    return torch.ops.prosparse.gated_activation(gate_up_out, threshold, counters, is_padding, drelu)
 
 
 def gate_values(x: torch.Tensor, gate_up: torch.Tensor, max_sparse_rows: int) -> torch.Tensor:
@@ -65,10 +101,22 @@ def gate_values(x: torch.Tensor, gate_up: torch.Tensor, max_sparse_rows: int) ->
 
     float32 on the sparse path; the dtype of x on the dense path, which rounds them.
     """
-    limit = min(max_sparse_rows, native.max_rows(x.dtype, x.shape[1])) if x.is_cuda else max_sparse_rows
-    if native.load(x.device.type) and x.shape[0] <= limit:
+    if _takes_sparse_path(x, max_sparse_rows):
         return torch.ops.prosparse.sparse_gate(x, gate_up)
     return F.linear(x, gate_up)[:, : gate_up.shape[0] // 2]
+
+
+def up_values(x: torch.Tensor, gate_up: torch.Tensor, max_sparse_rows: int) -> torch.Tensor:
+    """The same for the up values, which count with dReLU; copies the weights."""
+    if _takes_sparse_path(x, max_sparse_rows):
+        # A neuron's value depends neither on what else is computed nor on which half it is in.
+        return torch.ops.prosparse.sparse_gate(x, torch.cat(gate_up.chunk(2)[::-1]))
+    return F.linear(x, gate_up)[:, gate_up.shape[0] // 2 :]
+
+
+def _takes_sparse_path(x: torch.Tensor, max_sparse_rows: int) -> bool:
+    limit = min(max_sparse_rows, native.max_rows(x.dtype, x.shape[1])) if x.is_cuda else max_sparse_rows
+    return native.load(x.device.type) and x.shape[0] <= limit
 
 
 @torch.library.register_fake("prosparse::sparse_gated_ffn", lib=_library)
@@ -80,8 +128,20 @@ def _(
     counters: torch.Tensor,
     max_sparse_rows: int,
     is_padding: torch.Tensor | None = None,
+    drelu: bool = False,
 ) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("prosparse::gated_activation", lib=_library)
+def _(
+    gate_up_out: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    is_padding: torch.Tensor | None = None,
+    drelu: bool = False,
+) -> torch.Tensor:
+    return gate_up_out.new_empty((gate_up_out.shape[0], gate_up_out.shape[1] // 2))
 
 
 @torch.library.register_fake("prosparse::sparse_gate", lib=_library)
@@ -97,13 +157,27 @@ def _without_kernels(
     counters: torch.Tensor,
     max_sparse_rows: int,
     is_padding: torch.Tensor | None = None,
+    drelu: bool = False,
 ) -> torch.Tensor:
     """What runs where the device's kernels are not loaded: loads them if it can, else computes densely in any case."""
     if native.load(x.device.type):
-        return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding)
-    check_arguments(x, gate_up, down_t, threshold, counters, is_padding)
+        return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding, drelu)
+    check_arguments(x, gate_up, down_t, threshold, counters, is_padding, drelu)
     native.warn_of_reference(x.device.type)
-    return reference.dense_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding)
+    return reference.dense_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, drelu)
+
+
+def _activation_without_kernels(
+    gate_up_out: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    is_padding: torch.Tensor | None = None,
+    drelu: bool = False,
+) -> torch.Tensor:
+    if native.load(gate_up_out.device.type):
+        return gated_activation(gate_up_out, threshold, counters, is_padding, drelu)
+    native.warn_of_reference(gate_up_out.device.type)
+    return reference.gated_activation(gate_up_out, threshold, counters, is_padding, drelu)
 
 
 def check_arguments(
@@ -113,6 +187,7 @@ def check_arguments(
     threshold: float,
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
+    drelu: bool = False,
 ) -> None:
     """Refuse what csrc/arguments.h refuses, in the same words, so that the reference takes nothing the kernels would not."""
 
@@ -155,8 +230,8 @@ def check_arguments(
         math.isfinite(threshold) and threshold >= 0, f"threshold must be finite and not negative, but it is {threshold}"
     )
     check(
-        counters.dtype == torch.int64 and counters.is_contiguous() and tuple(counters.shape) == SHAPE,
-        "counters must be a contiguous int64 tensor of shape [2, 4]",
+        counters.dtype == torch.int64 and counters.is_contiguous() and tuple(counters.shape) == shape(drelu),
+        f"counters must be a contiguous int64 tensor of shape {list(shape(drelu))}",
     )
     check_device(counters, "counters")
     if is_padding is not None:
@@ -170,3 +245,4 @@ def check_arguments(
 
 # For every device. The kernels that a native library registers for its own device go before it.
 _library.impl("sparse_gated_ffn", _without_kernels, "CompositeExplicitAutograd")
+_library.impl("gated_activation", _activation_without_kernels, "CompositeExplicitAutograd")

@@ -33,7 +33,7 @@ ALWAYS_SPARSE, ALWAYS_DENSE = 2**31 - 1, 0
 DEFAULT_DENSITY = 0.107
 """Assumed where a checkpoint does not tell its densities: what ProSparse reports for its 7B model."""
 
-DENSITIES = (0.05, 0.11, 0.2, 0.35, 0.5, 1.0)
+DENSITIES = (0.02, 0.05, 0.11, 0.2, 0.35, 0.5, 1.0)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 _MARGIN = 0.03  # ties go to the dense path, whose time grows more slowly up to the next measured row count

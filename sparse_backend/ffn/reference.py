@@ -1,13 +1,14 @@
 """The gated FFN in plain PyTorch: what the kernels are tested against, and what runs where they could not be built.
 
 A neuron is active unless gate <= threshold, compared in float32: it is strictly above, or NaN, so that a NaN shows in the output
-(torch.nn.functional.threshold, and with it vLLM's FatreluAndMul, lets a NaN through as well).
+(torch.nn.functional.threshold, and with it vLLM's FatreluAndMul, lets a NaN through as well). With dReLU (Turbo Sparse, arXiv
+2406.05955) the same must hold of its up value, and an inactive neuron adds nothing whatever its other value is.
 """
 
 import torch
 from torch.nn import functional as F
 
-from sparse_backend.ffn.counters import ACTIVE, DENSE, ROWS, SPARSE, STEPS, UNION
+from sparse_backend.ffn.counters import ACTIVE, DENSE, FIRST, ROWS, SECOND, SPARSE, STEPS, UNION, VIEWS
 
 
 def active_neurons(gate: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -32,6 +33,14 @@ def count(counters: torch.Tensor, path: int, active: torch.Tensor, is_padding: t
     counters[path, STEPS] += steps
 
 
+def count_views(counters: torch.Tensor, views: list[torch.Tensor], is_padding: torch.Tensor | None = None) -> None:
+    """Add what the dense path of a dReLU layer saw, gates and up values above the threshold [rows, d_ff], to its counters."""
+    real = torch.ones_like(views[0][:, 0]) if is_padding is None else ~is_padding
+    counters[VIEWS, ROWS] += real.sum()
+    for kind, view in zip((FIRST, SECOND), views, strict=True):
+        counters[VIEWS, kind] += (view & real[:, None]).sum()
+
+
 def without_padding(x: torch.Tensor, is_padding: torch.Tensor | None) -> torch.Tensor:
     """x with zero rows for those of padding: they activate no neuron, so that their y is 0."""
     return x if is_padding is None else x.masked_fill(is_padding[:, None], 0)
@@ -44,6 +53,7 @@ def sparse_gated_ffn(
     threshold: float,
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
+    drelu: bool = False,
 ) -> torch.Tensor:
     """y = (gate * active * up) @ down_t in float32 throughout, rounded once to the dtype of x: the definition.
 
@@ -54,13 +64,16 @@ def sparse_gated_ffn(
         threshold: a neuron is active above it.
         counters: int64 [2, 4], counted as the sparse path.
         is_padding: bool [rows], the rows that are not counted and whose y is 0; None for none.
+        drelu: the up value must be above the threshold, too.
     """
     d_ff = down_t.shape[0]
     x = without_padding(x, is_padding)
     gate, up = (x.float() @ gate_up.float().t()).split(d_ff, dim=1)
     active = active_neurons(gate, threshold)
+    if drelu:
+        active = active & active_neurons(up, threshold)
     count(counters, SPARSE, active, is_padding)
-    return (torch.where(active, gate, 0) * up @ down_t.float()).to(x.dtype)
+    return (_products(gate, up, active, drelu) @ down_t.float()).to(x.dtype)
 
 
 def dense_gated_ffn(
@@ -70,10 +83,29 @@ def dense_gated_ffn(
     threshold: float,
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
+    drelu: bool = False,
 ) -> torch.Tensor:
     """The same in the dtype of x, operation by operation as vLLM's dense FATReLU MLP does it; counted as the dense path."""
-    d_ff = down_t.shape[0]
-    gate, up = F.linear(without_padding(x, is_padding), gate_up).split(d_ff, dim=1)
-    active = active_neurons(gate, threshold)
+    return gated_activation(F.linear(x, gate_up), threshold, counters, is_padding, drelu) @ down_t
+
+
+def gated_activation(
+    gate_up_out: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    is_padding: torch.Tensor | None = None,
+    drelu: bool = False,
+) -> torch.Tensor:
+    """h = gate * active * up [rows, d_ff] from gate and up values [rows, 2 * d_ff], in their dtype; counted as the dense path."""
+    gate, up = without_padding(gate_up_out, is_padding).chunk(2, dim=1)
+    views = [active_neurons(gate, threshold)]
+    if drelu:
+        views.append(active_neurons(up, threshold))
+        count_views(counters, views, is_padding)
+    active = views[0] & views[-1]
     count(counters, DENSE, active, is_padding)
-    return torch.where(active, gate, 0) * up @ down_t
+    return _products(gate, up, active, drelu)
+
+
+def _products(gate: torch.Tensor, up: torch.Tensor, active: torch.Tensor, drelu: bool) -> torch.Tensor:
+    return torch.where(active, gate * up, 0) if drelu else torch.where(active, gate, 0) * up

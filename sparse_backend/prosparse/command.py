@@ -47,8 +47,18 @@ def add_shared_arguments(parser: argparse.ArgumentParser, corpus_required: bool 
     )
 
 
-def runtime_from(args: argparse.Namespace) -> Runtime:
-    """Resolve the device and quieten transformers, whose warnings are about uses that do not occur here.
+def quieten_transformers() -> None:
+    """No progress bars, and no warnings: they are about uses that do not occur here."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def runtime_from(args: argparse.Namespace, *, takes_all_gpus: bool = False) -> Runtime:
+    """Resolve the device, and quieten transformers.
+
+    Args:
+        args: the parsed flags.
+        takes_all_gpus: the command puts several GPUs to use by itself, without torchrun.
 
     Raises:
         UserError: a GPU is asked for and there is none, there are several, or the progress interval is not positive.
@@ -63,14 +73,13 @@ def runtime_from(args: argparse.Namespace) -> Runtime:
         )
     use_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", "-1"))
-    if use_gpu and torch.cuda.device_count() > 1 and local_rank < 0:
+    if use_gpu and torch.cuda.device_count() > 1 and local_rank < 0 and not takes_all_gpus:
         # The Trainer would split every batch over all of them, through threads of this process.
         raise UserError(
             f"torch sees {torch.cuda.device_count()} GPUs and this process computes on one. Choose it, CUDA_VISIBLE_DEVICES=0,"
             f" or take all: torchrun --nproc-per-node {torch.cuda.device_count()} -m sparse_backend.prosparse.job …"
         )
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    quieten_transformers()
     device = torch.device("cuda", max(0, local_rank)) if use_gpu else torch.device("cpu")
     return Runtime(device, args.compile, args.progress_every, args.save_every)
 

@@ -2,7 +2,7 @@
 
 Six rows, as in the paper's tables 1, 4 and 5 (arXiv 2402.13516): the dense model trained on; vanilla ReLU; shifted ReLU;
 ReLU with a fixed λ; ProSparse without and with the threshold shift. Other recipes can run beside them. When the command is
-killed, the same command goes on.
+killed, the same command goes on. On a machine with several GPUs it trains one run on each.
 """
 
 import argparse
@@ -23,11 +23,18 @@ from transformers import PreTrainedModel
 from sparse_backend.errors import UserError
 from sparse_backend.prosparse import modeling, threshold
 from sparse_backend.prosparse.checkpoints import check_base, device_name, load_model, versions
-from sparse_backend.prosparse.command import add_shared_arguments, command_line, main, runtime_from
+from sparse_backend.prosparse.command import (
+    add_shared_arguments,
+    command_line,
+    main,
+    quieten_transformers,
+    runtime_from,
+)
 from sparse_backend.prosparse.corpus import Corpus, read_mixture
 from sparse_backend.prosparse.evaluate import Measurement, combined
 from sparse_backend.prosparse.gated_ffn import gated_ffns
 from sparse_backend.prosparse.job import measure_domains, read_base, settings_of, weight_schedule
+from sparse_backend.prosparse.parallel import side_by_side
 from sparse_backend.prosparse.recipe import Recipe
 from sparse_backend.prosparse.recipe_flags import add_recipe_arguments, recipe_from
 from sparse_backend.prosparse.report import draw_histories, markdown_table, plotting_is_possible, write_history
@@ -110,13 +117,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="recipes or presets to run as well, each for the same tokens of the same data, without and with its threshold",
     )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="runs at a time, each in a process and on a GPU of its own (default: as many as there are GPUs; 1 without any)",
+    )
     add_recipe_arguments(parser)
     parser.set_defaults(recipe="progressive")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check the input, train every control, write and print the table."""
-    recipe, runtime = recipe_from(args), runtime_from(args)
+    recipe, runtime = recipe_from(args), runtime_from(args, takes_all_gpus=True)
+    parallel = _parallel(args, runtime)
     others = _others(args, recipe)
     if not math.isfinite(args.shift):
         raise UserError(f"--shift is {args.shift}: it must be a finite number.")
@@ -142,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
             "also": {name: other.model_dump(mode="json") for name, other in others.items()},
         }
         workspace = stack.enter_context(opened(args.out, settings, is_writer=runtime.is_first))
-        rows = train_controls(args.base, workspace, corpus, recipe, runtime, args.shift, args.runs, others)
+        rows = train_controls(args.base, workspace, corpus, recipe, runtime, args.shift, args.runs, others, parallel)
         if not runtime.is_first:
             return 0
         table = _write(workspace, rows, recipe, runtime)
@@ -177,6 +191,25 @@ def _others(args: argparse.Namespace, recipe: Recipe) -> dict[str, Recipe]:
     return others
 
 
+def _parallel(args: argparse.Namespace, runtime: Runtime) -> int:
+    """Processes to train in.
+
+    Raises:
+        UserError: ``--parallel`` is not positive, or torchrun started several processes for each run.
+    """
+    gpus = torch.cuda.device_count() if runtime.device.type == "cuda" else 0
+    if runtime.processes > 1:
+        if args.parallel is not None:
+            raise UserError(
+                "--parallel is for runs on one GPU each; under torchrun all GPUs train one run. Leave one out."
+            )
+        return 1
+    parallel = max(1, gpus) if args.parallel is None else args.parallel
+    if parallel < 1:
+        raise UserError(f"--parallel is {parallel}: it must be at least 1.")
+    return parallel
+
+
 def train_controls(
     base: Path,
     workspace: Workspace,
@@ -186,6 +219,7 @@ def train_controls(
     shift: float,
     runs: Sequence[str] = tuple(RUNS),
     others: Mapping[str, Recipe] = MappingProxyType({}),
+    parallel: int = 1,
 ) -> list[dict[str, Any]]:
     """Train and measure every run that an earlier process has not finished.
 
@@ -198,6 +232,7 @@ def train_controls(
         shift: of the shifted ReLU, in units of the base's gate.
         runs: which of ``RUNS`` to make.
         others: further recipes, by name.
+        parallel: runs to train at a time, each in a process of its own.
 
     Returns:
         One record per row of the table: ``name``, ``loss``, ``sparsity``, ``layers`` (sparsity of each), ``domains`` (``loss``
@@ -205,14 +240,52 @@ def train_controls(
     """
     modeling.register()
     text, found = read_base(base, workspace, corpus, recipe, runtime)
-    rows = []
-    for control in _controls(recipe, shift * found.gate_scale, runs, others):
-        result = workspace.result(control.slug)
-        if result is None:
-            result = {"rows": _train(control, base, workspace, text, runtime)}
-            workspace.record(control.slug, result)
-        rows += result["rows"]
-    return rows
+    campaign = _Campaign(base, workspace, text, recipe, runtime, shift * found.gate_scale, tuple(runs), dict(others))
+    controls = campaign.controls()
+    todo = [name for name, control in controls.items() if workspace.result(control.slug) is None]
+    # With several GPUs in sight, the Trainer would split every batch over all of them.
+    if parallel > 1 or (runtime.processes == 1 and torch.cuda.device_count() > 1):
+        print(f"{len(todo)} runs, {parallel} at a time; their progress is in {workspace.folder}/*.log", flush=True)
+        side_by_side(campaign.run_logged, todo, parallel)
+    else:
+        for name in todo:
+            campaign.run(name)
+    results = [workspace.result(control.slug) for control in controls.values()]
+    return [row for result in results if result is not None for row in result["rows"]]
+
+
+@dataclass(frozen=True)
+class _Campaign:
+    """What all runs share: enough for any process to make any of them."""
+
+    base: Path
+    workspace: Workspace
+    text: Text
+    recipe: Recipe
+    runtime: Runtime
+    shift: float
+    """Of the shifted ReLU, in the gate's own values."""
+    runs: tuple[str, ...]
+    others: dict[str, Recipe]
+
+    def controls(self) -> dict[str, Control]:
+        """The runs by name, in the table's order."""
+        return {control.name: control for control in _controls(self.recipe, self.shift, self.runs, self.others)}
+
+    def run(self, name: str) -> None:
+        """Make one run, and record its rows."""
+        control = self.controls()[name]
+        rows = _train(control, self.base, self.workspace, self.text, self.runtime)
+        self.workspace.record(control.slug, {"rows": rows})
+
+    def run_logged(self, name: str) -> None:
+        """``run`` in a process of its own: its progress goes to a file, which the others' does not cut up."""
+        quieten_transformers()
+        modeling.register()
+        print(f"{name}: started", flush=True)
+        with (self.workspace.folder / f"{_slug(name)}.log").open("a") as log, redirect_stdout(log):
+            self.run(name)
+        print(f"{name}: finished", flush=True)
 
 
 def _controls(recipe: Recipe, shift: float, runs: Sequence[str], others: Mapping[str, Recipe]) -> list[Control]:

@@ -60,7 +60,7 @@ from sparse_backend.prosparse.threshold import SweepPoint
 from sparse_backend.prosparse.tokens import Text, read_text
 from sparse_backend.prosparse.trainer import L1Weight, Runtime, TrainingRun, train
 from sparse_backend.prosparse.verify import HELD_OUT_NAME, write_held_out
-from sparse_backend.prosparse.workspace import Workspace, check_absent, opened
+from sparse_backend.prosparse.workspace import BASE_PHASE, Workspace, check_absent, opened
 
 NAME = "sparsify"
 DESCRIPTION = "Make a dense model sparse: ReLU, L1 regularisation, activation threshold (ProSparse)."
@@ -260,7 +260,7 @@ def read_base(
                 " Take a shorter context."
             )
     text = read_text(corpus, load_tokenizer(base, config["vocab_size"]), context)
-    result = workspace.result("base")
+    result = workspace.result(BASE_PHASE)
     if result is None:
         measured = measure_domains(load_model(base, torch.bfloat16).to(runtime.device), text)
         whole = combined(list(measured.values()))
@@ -271,7 +271,7 @@ def read_base(
             "losses": {name: part.loss for name, part in measured.items()},
             "gate_scale": whole.gate_scale,
         }
-        workspace.record("base", result)
+        workspace.record(BASE_PHASE, result)
     found = BaseFigures(**result)
     print(f"base: {found.activation}, held-out loss {found.loss:.4f}", flush=True)
     return text, found

@@ -123,6 +123,7 @@ class MixedWindows(Dataset[Tensor]):
     def __init__(
         self, streams: Sequence[Tensor], shares: Sequence[float], context: int, samples: int, seed: int
     ) -> None:
+        self._context = context
         counts = [math.ceil(samples * share) + 1 for share in shares]
         self._windows = [
             TokenWindows(stream, context, count, seed) for stream, count in zip(streams, counts, strict=True)
@@ -142,8 +143,13 @@ class MixedWindows(Dataset[Tensor]):
         return self._windows[int(self._stream[index])][int(self._index[index])]
 
     def __getitems__(self, indices: list[int]) -> Tensor:
-        """A whole batch, int64 [len(indices), context]."""
-        return torch.stack([self[index] for index in indices])
+        """A whole batch in one gather a stream, int64 [len(indices), context]."""
+        streams, windows = self._stream[indices], self._index[indices]
+        batch = torch.empty(len(indices), self._context, dtype=torch.int64)
+        for number, source in enumerate(self._windows):
+            of_source = streams == number
+            batch[of_source] = source.__getitems__(windows[of_source].tolist())
+        return batch
 
 
 class HeldOutBlocks(Dataset[Tensor]):

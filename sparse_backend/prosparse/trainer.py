@@ -237,6 +237,10 @@ class _RegularisedTrainer(Trainer):
     def __init__(self, *, l1: ActivationL1, schedule: L1Weight | None, progress: "_Progress", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._l1, self._schedule, self._progress = l1, schedule, progress
+        # Compiled, the first λ above 0 would compile the model again: the norm is there from the start, and weighs nothing.
+        self._always_penalise = (
+            self.args.torch_compile and schedule is not None and schedule.relu_steps < self.args.max_steps
+        )
         self._loss = torch.zeros((), device=self.args.device)
         self._forward_passes = 0
         self._weight = 0.0
@@ -255,12 +259,13 @@ class _RegularisedTrainer(Trainer):
             outputs = model(**inputs, use_cache=False)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         self._weight = 0.0 if self._schedule is None else self._schedule.weight(self.state.global_step + 1)
-        with self._l1.collecting(penalise=self._weight > 0):
+        penalise = self._weight > 0 or self._always_penalise
+        with self._l1.collecting(penalise):
             outputs = model(**inputs, use_cache=False)
         loss = outputs.loss
         self._loss += loss.detach()
         self._forward_passes += 1
-        if self._weight > 0:
+        if penalise:
             loss = loss + self._weight * self._l1.take_norm()
         return (loss, outputs) if return_outputs else loss
 

@@ -20,6 +20,9 @@ from typing import Any
 
 from sparse_backend.errors import UserError
 
+BASE_PHASE = "base"
+"""What was measured before training: seconds of work."""
+
 _MARKER = "complete.json"
 _CHECKPOINT_PREFIX = "checkpoint-"
 
@@ -71,9 +74,11 @@ class Workspace:
         return self.folder / "phases" / f"{phase}.json"
 
     def holds_work(self) -> bool:
-        """True where something would be lost with the folder: a checkpoint of the Trainer or a finished export."""
-        return any(self.folder.rglob(f"{_CHECKPOINT_PREFIX}*/{_MARKER}")) or any(
-            (self.folder / "checkpoint").glob("*.safetensors")
+        """True where something would be lost with the folder: the Trainer's checkpoints, a finished phase, or an export."""
+        return (
+            any(self.folder.rglob(f"{_CHECKPOINT_PREFIX}*/{_MARKER}"))
+            or any(path.stem != BASE_PHASE for path in (self.folder / "phases").glob("*.json"))
+            or any((self.folder / "checkpoint").glob("*.safetensors"))
         )
 
 

@@ -21,6 +21,7 @@ class Case:
     gate_up: torch.Tensor
     down_t: torch.Tensor
     threshold: float
+    drelu: bool = False
 
     @classmethod
     def random(
@@ -34,17 +35,25 @@ class Case:
         threshold: float = 0.0,
         seed: int = 0,
         device: str = "cpu",
+        drelu: bool = False,
+        view: float | None = None,
     ) -> "Case":
-        """Gate values are normal around a mean that puts the share ``density`` of them above ``threshold``."""
+        """Gate values are normal around a mean that puts the share ``density`` of them above ``threshold``.
+
+        With ``drelu`` the share ``view`` of them, as many as of the up values unless given, and ``density`` of the neurons.
+        """
         generator = torch.Generator(device).manual_seed(seed)
         x = torch.randn(rows, d_model, generator=generator, device=device)
         gate_up = torch.randn(2 * d_ff, d_model, generator=generator, device=device) / d_model**0.5
         down_t = torch.randn(d_ff, d_model, generator=generator, device=device) / d_ff**0.5
         x[:, 0] = 1
-        far = 50.0
-        shift = NormalDist().inv_cdf(density) if 0 < density < 1 else (-far if density == 0 else far)
-        gate_up[:d_ff, 0] = threshold + shift
-        return cls(x.to(dtype), gate_up.to(dtype), down_t.to(dtype), threshold)
+        shares = [density]
+        if drelu:
+            first = density**0.5 if view is None else view
+            shares = [first, density / first if first else 0.0]
+        for half, share in zip(gate_up.chunk(2), shares, strict=False):
+            half[:, 0] = threshold + _shift(share)
+        return cls(x.to(dtype), gate_up.to(dtype), down_t.to(dtype), threshold, drelu)
 
     def first_rows(self, rows: int) -> "Case":
         """The same layer with only so many rows of x."""
@@ -52,26 +61,42 @@ class Case:
 
     def run(self, max_sparse_rows: int, is_padding: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The op's y and the counters of this one call."""
-        counted = counters.new_counters(self.x.device)
+        counted = counters.new_counters(self.x.device, drelu=self.drelu)
         poison(self.x)
-        y = op.sparse_gated_ffn(self.x, self.gate_up, self.down_t, self.threshold, counted, max_sparse_rows, is_padding)
+        weights = (self.gate_up, self.down_t, self.threshold)
+        y = op.sparse_gated_ffn(self.x, *weights, counted, max_sparse_rows, is_padding, self.drelu)
         return y, counted
 
     def gates(self, max_sparse_rows: int) -> torch.Tensor:
         """The gate values the op compares."""
         return op.gate_values(self.x, self.gate_up, max_sparse_rows)
 
+    def exchanged(self) -> "Case":
+        """The same with gate and up rows in each other's place."""
+        return replace(self, gate_up=torch.cat(self.gate_up.chunk(2)[::-1]))
+
+    def views(self, max_sparse_rows: int) -> list[torch.Tensor]:
+        """Which gates [rows, d_ff] the op has above the threshold, and with dReLU which up values."""
+        values = [self.gates(max_sparse_rows)]
+        if self.drelu:
+            values.append(op.up_values(self.x, self.gate_up, max_sparse_rows))
+        return [reference.active_neurons(of_all, self.threshold) for of_all in values]
+
+    def active(self, max_sparse_rows: int) -> torch.Tensor:
+        """Which neurons [rows, d_ff] the op computes as active."""
+        views = self.views(max_sparse_rows)
+        return views[0] & views[-1]
+
     def exact(self, active: torch.Tensor) -> torch.Tensor:
         """y in float64, with the given neurons active."""
         gate, up = (self.x.double() @ self.gate_up.double().t()).chunk(2, dim=1)
         return (torch.where(active, gate, 0) * up) @ self.down_t.double()
 
-    def error(self, y: torch.Tensor, gates: torch.Tensor) -> float:
-        """Largest difference of ``y`` from float64 with the neurons active that ``gates`` make so.
+    def error(self, y: torch.Tensor, active: torch.Tensor) -> float:
+        """Largest difference of ``y`` from float64 with the given neurons active.
 
-        Which neurons are active is taken over: one on the threshold may fall to either side, which is no error of arithmetic.
+        Which ones are is taken over: one on the threshold may fall to either side, which is no error of arithmetic.
         """
-        active = reference.active_neurons(gates, self.threshold)
         return (y.double() - self.exact(active)).abs().max().item()
 
     def magnitude(self) -> float:
@@ -80,20 +105,25 @@ class Case:
         return ((gate * up) @ self.down_t.double().abs()).max().item() if self.x.shape[0] else 0.0
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """y and gate values of plain PyTorch in the dtype of x."""
-        unused = counters.new_counters(self.x.device)
-        y = reference.dense_gated_ffn(self.x, self.gate_up, self.down_t, self.threshold, unused)
-        return y, self.gates(ALL_DENSE)
+        """y and active neurons of plain PyTorch in the dtype of x."""
+        unused = counters.new_counters(self.x.device, drelu=self.drelu)
+        y = reference.dense_gated_ffn(self.x, self.gate_up, self.down_t, self.threshold, unused, drelu=self.drelu)
+        return y, self.active(ALL_DENSE)
 
 
 def assert_within_twice(cases: list[Case], max_sparse_rows: int) -> None:
     """The op's largest error over all the cases is at most twice that of plain PyTorch in the same dtype."""
-    ours = largest(case.error(case.run(max_sparse_rows)[0], case.gates(max_sparse_rows)) for case in cases)
+    ours = largest(case.error(case.run(max_sparse_rows)[0], case.active(max_sparse_rows)) for case in cases)
     plain = largest(case.error(*case.dense()) for case in cases)
     if cases[0].x.dtype == torch.float32:
         # Here plain PyTorch is at times exact to the last bit: a few roundings of sums of this size are granted.
         plain += 4 * torch.finfo(torch.float32).eps * max(case.magnitude() for case in cases)
     assert ours <= 2 * plain
+
+
+def _shift(share: float) -> float:
+    far = 50.0
+    return NormalDist().inv_cdf(share) if 0 < share < 1 else (-far if share == 0 else far)
 
 
 def largest(values: Iterable[float]) -> float:

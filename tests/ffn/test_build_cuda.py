@@ -242,7 +242,7 @@ import ctypes, sys
 import torch
 from sparse_backend.ffn import op
 def registered():
-    names = ("sparse_gated_ffn", "sparse_gate")
+    names = ("sparse_gated_ffn", "sparse_gate", "gated_activation")
     return [torch._C._dispatch_has_kernel_for_dispatch_key(f"prosparse::{name}", "CUDA") for name in names]
 before = registered()
 torch.ops.load_library(sys.argv[1])
@@ -256,7 +256,7 @@ def test_sources_compile_for_all_cards_without_a_warning_and_load() -> None:
     library = build_cuda.build(ALL, build_cuda.WARNINGS_ARE_ERRORS)
     loaded = subprocess.run([sys.executable, "-c", LOADED, library], capture_output=True, text=True, check=False)
     assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stdout.startswith("[False, False] [True, True] ")
+    assert loaded.stdout.startswith("[False, False, False] [True, True, True] ")
     # No GPU, no rows.
     assert torch.cuda.is_available() or loaded.stdout.endswith(" 0\n")
 

@@ -30,7 +30,7 @@ def test_counters_equal_a_plain_count_of_the_same_gates(isa: str, dtype: torch.d
         case = Case.random(rows, 136, 264, dtype, density=density, threshold=threshold)
         _, counted = case.run(path)
         expected = counters.new_counters()
-        reference.count(expected, index_of(path), reference.active_neurons(case.gates(path), threshold))
+        reference.count(expected, index_of(path), case.active(path))
         assert torch.equal(counted, expected)
 
 

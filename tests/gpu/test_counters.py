@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_backend.ffn import counters, native, op, reference
+from sparse_backend.ffn import counters, gated_activation, native, op, reference
 from sparse_backend.ffn.counters import ROWS, SPARSE, STEPS, UNION
 from tests.ffn.layers import ALL_DENSE, ALL_SPARSE, Case
 from tests.gpu.device import NEEDS_GPU, both_dtypes, both_paths, index_of, padding
@@ -12,10 +12,11 @@ pytestmark = NEEDS_GPU
 
 
 def plain_count(case: Case, path: int, is_padding: torch.Tensor | None = None) -> torch.Tensor:
-    expected = counters.new_counters("cuda")
-    active = reference.active_neurons(case.gates(path), case.threshold)
+    expected = counters.new_counters("cuda", drelu=case.drelu)
     took_sparse = path == ALL_SPARSE and case.x.shape[0] <= native.max_rows(case.x.dtype, case.x.shape[1])
-    reference.count(expected, index_of(ALL_SPARSE if took_sparse else ALL_DENSE), active, is_padding)
+    reference.count(expected, index_of(ALL_SPARSE if took_sparse else ALL_DENSE), case.active(path), is_padding)
+    if case.drelu and not took_sparse:
+        reference.count_views(expected, case.views(path), is_padding)
     return expected
 
 
@@ -32,6 +33,61 @@ def test_counters_equal_a_plain_count_of_the_same_gates(shape: tuple[int, int], 
 
 @both_dtypes
 @both_paths
+@pytest.mark.parametrize("shape", [(8, 8), (136, 264), (4096, 14336)], ids=str)
+def test_drelu_counts_neurons_active_on_both_sides(shape: tuple[int, int], path: int, dtype: torch.dtype) -> None:
+    for density, view, threshold in [(0.0, 0.5, 0.5), (0.05, 0.1, 0.0), (0.3, 0.9, 0.7), (1.0, None, 0.0)]:
+        case = Case.random(
+            300, *shape, dtype, density=density, view=view, threshold=threshold, device="cuda", drelu=True
+        )
+        for rows in (*range(1, 34), 64, 300):
+            some = case.first_rows(rows)
+            assert torch.equal(some.run(path)[1], plain_count(some, path)), (rows, density)
+
+
+@both_dtypes
+@both_paths
+@pytest.mark.parametrize("rows", [1, 7, 16, 300])
+def test_drelu_leaves_rows_of_padding_out(rows: int, path: int, dtype: torch.dtype) -> None:
+    case = Case.random(rows, 136, 1000, dtype, density=0.05, device="cuda", drelu=True)
+    for padded in ([], [0], list(range(0, rows, 3)), list(range(rows))):
+        is_padding = padding(rows, padded)
+        y, counted = case.run(path, is_padding)
+        assert torch.equal(counted, plain_count(case, path, is_padding))
+        assert not y[is_padding].any()
+
+
+@both_dtypes
+@both_paths
+@pytest.mark.parametrize("rows", [1, 7, 16, 33])
+def test_drelu_in_a_graph_gives_the_same_bits_and_counts_each_time(rows: int, path: int, dtype: torch.dtype) -> None:
+    case = Case.random(rows, 4096, 14336, dtype, density=0.1, device="cuda", drelu=True)
+    expected, once = case.run(path)
+    counted = counters.new_counters("cuda", drelu=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = op.sparse_gated_ffn(case.x, case.gate_up, case.down_t, 0.0, counted, path, None, True)
+    counted.zero_()
+    for repeats in range(1, 51):
+        graph.replay()
+        assert torch.equal(y, expected)
+        assert torch.equal(counted, repeats * once)
+
+
+@both_dtypes
+@pytest.mark.parametrize("drelu", [False, True], ids=["one side", "drelu"])
+def test_the_activation_by_itself(drelu: bool, dtype: torch.dtype) -> None:
+    for rows in (1, 7, 33, 300):
+        case = Case.random(rows, 136, 1000, dtype, density=0.3, threshold=0.2, device="cuda", drelu=drelu)
+        gate_up_out = case.x @ case.gate_up.t()
+        for is_padding in (None, padding(rows, list(range(0, rows, 2)))):
+            counted, expected_counts = (counters.new_counters("cuda", drelu=drelu) for _ in range(2))
+            h = gated_activation(gate_up_out, 0.2, counted, is_padding, drelu)
+            assert torch.equal(h, reference.gated_activation(gate_up_out, 0.2, expected_counts, is_padding, drelu))
+            assert torch.equal(counted, expected_counts)
+
+
+@both_dtypes
+@both_paths
 @pytest.mark.parametrize("rows", [1, 8, 16, 64])
 def test_float64_agrees_but_within_rounding_of_the_threshold(
     rows: int, path: int, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
@@ -43,7 +99,7 @@ def test_float64_agrees_but_within_rounding_of_the_threshold(
     bound = 4096 * torch.finfo(torch.float32).eps * (case.x.double().abs() @ gate_weights.abs().t())
     if path == ALL_DENSE or rows > native.max_rows(dtype, 4096):
         bound += torch.finfo(dtype).eps * exact.abs()
-    differs = reference.active_neurons(case.gates(path), 0.25) != (exact > 0.25)
+    differs = case.active(path) != (exact > 0.25)
     with capsys.disabled():
         print(
             f"\n{int(differs.sum())} of {differs.numel()} gate values fall on the other side of the threshold than in float64"

@@ -68,14 +68,14 @@ def test_non_finite_rows_stay_to_themselves(value: float, dtype: torch.dtype, pa
     for rows, row, density in [(1, 0, 0.1), (5, 2, 0.0), (9, 8, 0.1), (16, 0, 0.5), (33, 32, 0.1), (70, 3, 0.1)]:
         case = Case.random(rows, 520, 264, dtype, density=density, device="cuda")
         case.x[row, 519] = value
-        expected, gates = case.dense()
+        expected, active = case.dense()
         y, _ = case.run(path)
         assert_same_pattern(y, expected)
         if rows > 1:
             others = torch.arange(rows, device="cuda") != row
             finite = Case(case.x[others], case.gate_up, case.down_t, case.threshold)
-            ours = finite.error(y[others], case.gates(path)[others])
-            assert ours <= 2 * finite.error(expected[others], gates[others])
+            ours = finite.error(y[others], case.active(path)[others])
+            assert ours <= 2 * finite.error(expected[others], active[others])
 
 
 @both_paths
@@ -133,7 +133,7 @@ def test_rows_of_padding_are_zero_and_do_not_matter(rows: int, dtype: torch.dtyp
             assert torch.equal(again, counted)
         if len(set(padded)) < rows:
             real = Case(case.x[~is_padding], case.gate_up, case.down_t, case.threshold)
-            assert real.error(finite[~is_padding], real.gates(path)) <= 2 * real.error(*real.dense())
+            assert real.error(finite[~is_padding], real.active(path)) <= 2 * real.error(*real.dense())
 
 
 @both_paths

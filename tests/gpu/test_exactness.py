@@ -90,6 +90,32 @@ def test_a_threshold_above_zero(dtype: torch.dtype, path: int) -> None:
         assert_within_twice([case], path)
 
 
+@both_paths
+@both_dtypes
+@pytest.mark.parametrize("shape", [(8, 8), (40, 264), (1536, 3840), (4096, 11008), (4096, 14336)], ids=str)
+def test_drelu(shape: tuple[int, int], dtype: torch.dtype, path: int) -> None:
+    for density, view, threshold in [
+        (0.0, 0.5, 0.0),
+        (0.05, 0.1, 0.0),
+        (0.1, None, 0.2),
+        (0.5, 0.5, 0.0),
+        (1.0, None, 0.0),
+    ]:
+        make = {"density": density, "view": view, "threshold": threshold, "device": "cuda", "drelu": True}
+        seeds = range(-(-SAMPLES // (max(ROWS) * min(shape))))
+        layers = [Case.random(max(ROWS), *shape, dtype, seed=seed, **make) for seed in seeds]
+        assert_within_twice([layer.first_rows(rows) for layer in layers for rows in ROWS], path)
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [pytest.param(16, (8, 600_000), id="of the first kernel"), pytest.param(9, (8192, 36_000), id="of the second")],
+)
+def test_drelu_with_more_blocks_than_multiprocessors(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert_within_twice([Case.random(rows, *shape, dtype, density=0.107, device="cuda", drelu=True)], ALL_SPARSE)
+
+
 def patterns(d_ff: int) -> dict[str, torch.Tensor]:
     """Which neurons to activate, for all rows alike, [d_ff]: uneven work for blocks that own a range of neurons."""
     neuron = torch.arange(d_ff, device="cuda")

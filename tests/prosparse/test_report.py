@@ -125,6 +125,30 @@ def test_other_recipes_run_beside_the_chosen_controls(world: World, tmp_path: Pa
     assert "above dense" in (out / "controls.md").read_text()
 
 
+def test_runs_in_two_processes_are_the_same_and_outlive_one_that_fails(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, rate in (("good", 1e-3), ("diverging", 1e20)):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"training: {{learning_rate: {rate}}}\nstages: [{{peak: 1e-2, tokens: 20_000}}]\nthreshold: {{sweep: [0]}}\n"
+        )
+    flags = ["--corpus", world.corpus, "--context", 128, "--batch", 8, "--tokens", 20_000, "--runs", "relu"]
+    both = ["--also", tmp_path / "diverging.yaml", tmp_path / "good.yaml"]
+    assert command(controls, world.base, tmp_path / "two", *flags, *both, "--parallel", 2) == 2
+    assert "1 of 2 processes failed" in (printed := capfd.readouterr().err)
+    assert "became" in printed
+    found = {path.stem for path in (tmp_path / "two.partial" / "phases").iterdir()}
+    assert found == {"base", "vanilla-ReLU", "good"}
+    assert command(controls, world.base, tmp_path / "one", *flags, "--also", tmp_path / "good.yaml") == 0
+    alone = json.loads((tmp_path / "one" / "controls.json").read_text())["rows"]
+    beside = [
+        row
+        for run in ("vanilla-ReLU", "good")
+        for row in json.loads((tmp_path / "two.partial" / "phases" / f"{run}.json").read_text())["rows"]
+    ]
+    assert [row["loss"] for row in beside] == pytest.approx([row["loss"] for row in alone], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [

@@ -48,23 +48,61 @@ inline Sizes check_gate(const Tensor& x, const Tensor& gate_up) {
   return sizes;
 }
 
+// x [rows, d_model] of the layer, or gate_up_out [rows, 2 * d_ff].
+inline void check_activation(const Tensor& x, double threshold, const Tensor& counters,
+                             const std::optional<Tensor>& is_padding, bool drelu) {
+  const int64_t paths = drelu ? 3 : 2;
+  STD_TORCH_CHECK(std::isfinite(threshold) && threshold >= 0, "threshold must be finite and not negative, but it is ", threshold);
+  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.is_contiguous() && counters.dim() == 2 &&
+                      counters.size(0) == paths && counters.size(1) == 4,
+                  "counters must be a contiguous int64 tensor of shape [", paths, ", 4]");
+  check_device(counters, "counters", x);
+  if (is_padding) {
+    STD_TORCH_CHECK(is_padding->scalar_type() == ScalarType::Bool && is_padding->is_contiguous() && is_padding->dim() == 1 &&
+                        is_padding->size(0) == x.size(0),
+                    "is_padding must be a contiguous bool tensor of shape [rows] = [", x.size(0), "]");
+    check_device(*is_padding, "is_padding", x);
+  }
+}
+
+// The sizes of gate_up_out [rows, 2 * d_ff]; d_model is not known from it, and 0.
+inline Sizes check_gated_activation(const Tensor& gate_up_out, double threshold, const Tensor& counters,
+                                    const std::optional<Tensor>& is_padding, bool drelu) {
+  check_matrix(gate_up_out, "gate_up_out", gate_up_out);
+  const int64_t columns = gate_up_out.size(1);
+  STD_TORCH_CHECK(columns > 0 && columns % 16 == 0, "gate_up_out must have 2 * d_ff columns, d_ff a positive multiple of 8, but it has ",
+                  columns);
+  check_activation(gate_up_out, threshold, counters, is_padding, drelu);
+  return {gate_up_out.size(0), 0, columns / 2};
+}
+
 inline Sizes check_gated_ffn(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, double threshold,
-                             const Tensor& counters, const std::optional<Tensor>& is_padding) {
+                             const Tensor& counters, const std::optional<Tensor>& is_padding, bool drelu) {
   const Sizes sizes = check_gate(x, gate_up);
   check_matrix(down_t, "down_t", x);
   STD_TORCH_CHECK(down_t.size(0) == sizes.d_ff && down_t.size(1) == sizes.d_model, "down_t must be [d_ff, d_model] = [",
                   sizes.d_ff, ", ", sizes.d_model, "], but it is [", down_t.size(0), ", ", down_t.size(1), "]");
-  STD_TORCH_CHECK(std::isfinite(threshold) && threshold >= 0, "threshold must be finite and not negative, but it is ", threshold);
-  STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.is_contiguous() && counters.dim() == 2 &&
-                      counters.size(0) == 2 && counters.size(1) == 4,
-                  "counters must be a contiguous int64 tensor of shape [2, 4]");
-  check_device(counters, "counters", x);
-  if (is_padding) {
-    STD_TORCH_CHECK(is_padding->scalar_type() == ScalarType::Bool && is_padding->is_contiguous() && is_padding->dim() == 1 &&
-                        is_padding->size(0) == sizes.rows,
-                    "is_padding must be a contiguous bool tensor of shape [rows] = [", sizes.rows, "]");
-    check_device(*is_padding, "is_padding", x);
-  }
+  check_activation(x, threshold, counters, is_padding, drelu);
+  return sizes;
+}
+
+struct NormSizes {
+  int64_t rows, d_model;
+};
+
+inline NormSizes check_norm(const Tensor& x, const Tensor& residual, const Tensor& weight) {
+  check_matrix(x, "x", x);
+  check_matrix(residual, "residual", x);
+  const NormSizes sizes{x.size(0), x.size(1)};
+  STD_TORCH_CHECK(residual.size(0) == sizes.rows && residual.size(1) == sizes.d_model, "residual must have the shape of x");
+  STD_TORCH_CHECK(sizes.d_model > 0 && sizes.d_model % 8 == 0, "d_model must be a positive multiple of 8, but it is ",
+                  sizes.d_model);
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == sizes.d_model && weight.scalar_type() == x.scalar_type() &&
+                      weight.is_contiguous(),
+                  "weight must be a contiguous vector of d_model = ", sizes.d_model, " values of the dtype of x");
+  check_device(weight, "weight", x);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % kAlignment == 0, "weight must start at a multiple of ",
+                  kAlignment, " bytes; pass a copy instead of a view");
   return sizes;
 }
 

@@ -42,9 +42,22 @@ ThreadPool torch_threads() {
           }};
 }
 
+void count(const Tensor& counters, bool sparse, int64_t rows, const Counts& counts, bool drelu) {
+  int64_t* const all = static_cast<int64_t*>(counters.mutable_data_ptr());
+  int64_t* const path = all + (sparse ? 0 : 4);
+  path[0] += rows;
+  path[1] += counts.active;
+  path[2] += counts.union_neurons;
+  path[3] += 1;
+  if (sparse || !drelu) return;
+  all[8] += rows;
+  all[9] += counts.views[0];
+  all[10] += counts.views[1];
+}
+
 // y of rows none of which is padding.
 Tensor compute(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, float threshold, const Tensor& counters,
-               bool sparse) {
+               bool sparse, bool drelu) {
   const Shape shape{x.size(0), x.size(1), down_t.size(0)};
   const Dtype dtype = dtype_of(x);
   const ThreadPool pool = torch_threads();
@@ -54,29 +67,26 @@ Tensor compute(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, flo
   Counts counts;
   if (sparse) {
     counts = kernels().launch_sparse_ffn(dtype, shape, x.const_data_ptr(), gate_up.const_data_ptr(), down_t.const_data_ptr(),
-                                         threshold, y.mutable_data_ptr(), pool);
+                                         threshold, drelu, y.mutable_data_ptr(), pool);
   } else {
     const Tensor gate_up_out = linear(x, gate_up);
     Tensor h = matrix(x, shape.rows, shape.d_ff, x.scalar_type());
-    counts = kernels().launch_activation(dtype, shape, gate_up_out.const_data_ptr(), threshold, h.mutable_data_ptr(), pool);
+    counts =
+        kernels().launch_activation(dtype, shape, gate_up_out.const_data_ptr(), threshold, drelu, h.mutable_data_ptr(), pool);
     if (dtype == Dtype::kBFloat16 && kernels().launch_down_bf16) {
       kernels().launch_down_bf16(shape, h.const_data_ptr(), down_t.const_data_ptr(), y.mutable_data_ptr(), pool);
     } else {
       y = torch::stable::matmul(h, down_t);
     }
   }
-  int64_t* const path = static_cast<int64_t*>(counters.mutable_data_ptr()) + (sparse ? 0 : 4);
-  path[0] += shape.rows;
-  path[1] += counts.active;
-  path[2] += counts.union_neurons;
-  path[3] += 1;
+  count(counters, sparse, shape.rows, counts, drelu);
   return y;
 }
 
 Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshold, Tensor counters, int64_t max_sparse_rows,
-                        std::optional<Tensor> is_padding) {
+                        std::optional<Tensor> is_padding, bool drelu) {
   dtype_of(x);
-  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding);
+  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, drelu);
   const float limit = static_cast<float>(threshold);
   const bool sparse = sizes.rows <= max_sparse_rows;
   std::vector<int64_t> real;
@@ -87,7 +97,7 @@ Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshol
     }
   }
   const int64_t real_rows = static_cast<int64_t>(real.size());
-  if (!is_padding || real_rows == sizes.rows) return compute(x, gate_up, down_t, limit, counters, sparse);
+  if (!is_padding || real_rows == sizes.rows) return compute(x, gate_up, down_t, limit, counters, sparse, drelu);
 
   const size_t row_bytes = sizes.d_model * (x.scalar_type() == ScalarType::Float ? 4 : 2);
   Tensor packed = matrix(x, real_rows, sizes.d_model, x.scalar_type());
@@ -95,7 +105,7 @@ Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshol
     std::memcpy(static_cast<char*>(packed.mutable_data_ptr()) + index * row_bytes,
                 static_cast<const char*>(x.const_data_ptr()) + real[index] * row_bytes, row_bytes);
   }
-  const Tensor packed_y = compute(packed, gate_up, down_t, limit, counters, sparse);
+  const Tensor packed_y = compute(packed, gate_up, down_t, limit, counters, sparse, drelu);
   Tensor y = matrix(x, sizes.rows, sizes.d_model, x.scalar_type());
   std::memset(y.mutable_data_ptr(), 0, sizes.rows * row_bytes);
   for (int64_t index = 0; index < real_rows; ++index) {
@@ -114,11 +124,36 @@ Tensor sparse_gate(Tensor x, Tensor gate_up) {
   return gates;
 }
 
+Tensor gated_activation(Tensor gate_up_out, double threshold, Tensor counters, std::optional<Tensor> is_padding, bool drelu) {
+  const Dtype dtype = dtype_of(gate_up_out);
+  const Sizes sizes = prosparse::check_gated_activation(gate_up_out, threshold, counters, is_padding, drelu);
+  Tensor h = matrix(gate_up_out, sizes.rows, sizes.d_ff, gate_up_out.scalar_type());
+  Tensor input = gate_up_out;
+  int64_t real_rows = sizes.rows;
+  if (is_padding) {
+    // Rows of zeros activate no neuron.
+    const size_t row_bytes = 2 * sizes.d_ff * (dtype == Dtype::kFloat32 ? 4 : 2);
+    input = matrix(gate_up_out, sizes.rows, 2 * sizes.d_ff, gate_up_out.scalar_type());
+    std::memcpy(input.mutable_data_ptr(), gate_up_out.const_data_ptr(), sizes.rows * row_bytes);
+    for (int64_t row = 0; row < sizes.rows; ++row) {
+      if (!static_cast<const bool*>(is_padding->const_data_ptr())[row]) continue;
+      std::memset(static_cast<char*>(input.mutable_data_ptr()) + row * row_bytes, 0, row_bytes);
+      --real_rows;
+    }
+  }
+  const Counts counts =
+      kernels().launch_activation(dtype, {sizes.rows, 0, sizes.d_ff}, input.const_data_ptr(), static_cast<float>(threshold),
+                                  drelu, h.mutable_data_ptr(), torch_threads());
+  if (real_rows > 0) count(counters, false, real_rows, counts, drelu);
+  return h;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(prosparse, CPU, library) {
   library.impl("sparse_gated_ffn", TORCH_BOX(&sparse_gated_ffn));
   library.impl("sparse_gate", TORCH_BOX(&sparse_gate));
+  library.impl("gated_activation", TORCH_BOX(&gated_activation));
 }
 
 // For native.py, through ctypes: settings of the process, not operations on tensors.

@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 #include "arguments.h"
 #include "cuda/kernels.h"
@@ -68,39 +69,57 @@ class OnDeviceOf {
   cudaStream_t stream_;
 };
 
+const bool* marks(const std::optional<Tensor>& is_padding) {
+  return is_padding ? static_cast<const bool*>(is_padding->const_data_ptr()) : nullptr;
+}
+
 // From torch's allocator: it may be freed while kernels of the same stream still use it, and be captured in a CUDA graph.
 Tensor workspace(const Tensor& x, size_t bytes) {
   const std::array<int64_t, 1> size{static_cast<int64_t>(bytes)};
   return torch::stable::new_empty(x, {size.data(), size.size()}, ScalarType::Byte);
 }
 
+// h of the dense path; the counters are checked.
+Tensor activate(Dtype dtype, const Shape& shape, const Tensor& gate_up_out, double threshold, const Tensor& counters,
+                const std::optional<Tensor>& is_padding, bool drelu, cudaStream_t stream) {
+  const Tensor h = matrix(gate_up_out, shape.rows, shape.d_ff, gate_up_out.scalar_type());
+  const Tensor scratch = workspace(gate_up_out, prosparse::cuda::activation_workspace(shape));
+  check(prosparse::cuda::launch_activation(dtype, shape, gate_up_out.const_data_ptr(), static_cast<float>(threshold), drelu,
+                                           marks(is_padding), h.mutable_data_ptr(),
+                                           static_cast<int64_t*>(counters.mutable_data_ptr()) + 4, scratch.mutable_data_ptr(),
+                                           stream),
+        "the activation kernel");
+  return h;
+}
+
 Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshold, Tensor counters, int64_t max_sparse_rows,
-                        std::optional<Tensor> is_padding) {
+                        std::optional<Tensor> is_padding, bool drelu) {
   const Dtype dtype = dtype_of(x);
-  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding);
+  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, drelu);
   const Shape shape{sizes.rows, sizes.d_model, sizes.d_ff};
   const OnDeviceOf on_device(x);
-  const float limit = static_cast<float>(threshold);
-  const bool* const padding = is_padding ? static_cast<const bool*>(is_padding->const_data_ptr()) : nullptr;
-  int64_t* const path = static_cast<int64_t*>(counters.mutable_data_ptr());
 
   if (shape.rows == 0) return matrix(x, 0, shape.d_model, x.scalar_type());
   if (shape.rows <= std::min<int64_t>(max_sparse_rows, prosparse::cuda::max_rows(dtype, shape.d_model))) {
     Tensor y = matrix(x, shape.rows, shape.d_model, x.scalar_type());
     const Tensor scratch = workspace(x, prosparse::cuda::sparse_ffn_workspace(dtype, shape));
     check(prosparse::cuda::launch_sparse_ffn(dtype, shape, x.const_data_ptr(), gate_up.const_data_ptr(), down_t.const_data_ptr(),
-                                             limit, padding, y.mutable_data_ptr(), path, scratch.mutable_data_ptr(),
+                                             static_cast<float>(threshold), drelu, marks(is_padding), y.mutable_data_ptr(),
+                                             static_cast<int64_t*>(counters.mutable_data_ptr()), scratch.mutable_data_ptr(),
                                              on_device.stream()),
           "the sparse feed-forward kernel");
     return y;
   }
   const Tensor gate_up_out = linear(x, gate_up);
-  const Tensor h = matrix(x, shape.rows, shape.d_ff, x.scalar_type());
-  const Tensor scratch = workspace(x, prosparse::cuda::activation_workspace(shape));
-  check(prosparse::cuda::launch_activation(dtype, shape, gate_up_out.const_data_ptr(), limit, padding, h.mutable_data_ptr(),
-                                           path + 4, scratch.mutable_data_ptr(), on_device.stream()),
-        "the activation kernel");
+  const Tensor h = activate(dtype, shape, gate_up_out, threshold, counters, is_padding, drelu, on_device.stream());
   return torch::stable::matmul(h, down_t);
+}
+
+Tensor gated_activation(Tensor gate_up_out, double threshold, Tensor counters, std::optional<Tensor> is_padding, bool drelu) {
+  const Dtype dtype = dtype_of(gate_up_out);
+  const Sizes sizes = prosparse::check_gated_activation(gate_up_out, threshold, counters, is_padding, drelu);
+  const OnDeviceOf on_device(gate_up_out);
+  return activate(dtype, {sizes.rows, 0, sizes.d_ff}, gate_up_out, threshold, counters, is_padding, drelu, on_device.stream());
 }
 
 Tensor sparse_gate(Tensor x, Tensor gate_up) {
@@ -118,11 +137,27 @@ Tensor sparse_gate(Tensor x, Tensor gate_up) {
   return gates;
 }
 
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double epsilon) {
+  const Dtype dtype = dtype_of(x);
+  const auto [rows, d_model] = prosparse::check_norm(x, residual, weight);
+  STD_TORCH_CHECK(dtype != Dtype::kFloat32, "x must be bfloat16 or float16 on a GPU");
+  STD_TORCH_CHECK(d_model <= prosparse::cuda::kMaxNormWidth, "x is wider than ", prosparse::cuda::kMaxNormWidth);
+  const OnDeviceOf on_device(x);
+  Tensor y = matrix(x, rows, d_model, x.scalar_type()), sum = matrix(x, rows, d_model, x.scalar_type());
+  check(prosparse::cuda::launch_add_rms_norm(dtype, rows, d_model, x.const_data_ptr(), residual.const_data_ptr(),
+                                             weight.const_data_ptr(), static_cast<float>(epsilon), y.mutable_data_ptr(),
+                                             sum.mutable_data_ptr(), on_device.stream()),
+        "the norm kernel");
+  return {y, sum};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(prosparse, CUDA, library) {
+  library.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   library.impl("sparse_gated_ffn", TORCH_BOX(&sparse_gated_ffn));
   library.impl("sparse_gate", TORCH_BOX(&sparse_gate));
+  library.impl("gated_activation", TORCH_BOX(&gated_activation));
 }
 
 // For native.py, through ctypes. dtype: 0 bfloat16, 1 float16, 2 float32, in the order of the enumeration.

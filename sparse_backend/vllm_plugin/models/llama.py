@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -13,6 +12,7 @@ from sparse_backend.activation import Activation
 from sparse_backend.vllm_plugin import padding
 from sparse_backend.vllm_plugin.ffn_path import max_sparse_rows_per_layer
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
+from sparse_backend.vllm_plugin.norm import norm_class
 
 
 class SparseLlamaDecoderLayer(nn.Module):
@@ -34,16 +34,18 @@ class SparseLlamaDecoderLayer(nn.Module):
             cache_config=vllm_config.cache_config,
             prefix=f"{prefix}.self_attn",
         )
+        max_sparse_rows = max_sparse_rows_per_layer(vllm_config)[layer_index]
         self.mlp = SparseGatedMLP(
             layer_index=layer_index,
             d_model=config.hidden_size,
             d_ff=config.intermediate_size,
             activation=Activation.from_hf_config(config.to_dict()),
-            max_sparse_rows=max_sparse_rows_per_layer(vllm_config)[layer_index],
+            max_sparse_rows=max_sparse_rows,
             prefix=f"{prefix}.mlp",
         )
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        norm = norm_class(vllm_config.model_config.dtype, config.hidden_size, max_sparse_rows)
+        self.input_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None

@@ -67,8 +67,9 @@ void compute_gates(const typename K::Weight* gate, Range range, const PackedInpu
   }
 }
 
-// Adds the output of the active neurons listed at positions `range` to the thread's sums.
-template <class K>
+// Adds the output of the active neurons listed at positions `range` to the thread's sums. With dReLU only now it turns out which
+// of them are active: they are counted, and the others' down rows are not read.
+template <class K, bool kDReLU>
 void add_neurons(const SparseRoom<K>& room, int thread, Range range, const typename K::Weight* up,
                  const typename K::Weight* down_t, float threshold, int rows, int64_t d_model) {
   using Weight = typename K::Weight;
@@ -84,32 +85,55 @@ void add_neurons(const SparseRoom<K>& room, int thread, Range range, const typen
   const auto row_at = [&](const Weight* matrix, int64_t position) {
     return matrix + room.neurons[smaller(position, range.end - 1)] * d_model;
   };
+  int kept = 0;  // neurons that wait for their down rows
   for (int64_t start = range.begin; start < range.end; start += block) {
     const int count = static_cast<int>(smaller<int64_t>(block, range.end - start));
-    const int padded = round_up(count, neuron_padding<K>(rows));
     for (int i = 0; i < round_up(count, kNeuronBlock); ++i) up_rows[i] = row_at(up, start + smaller(i, count - 1));
-    for (int i = 0; i < padded; ++i) {
-      down_rows[i] = i < count ? row_at(down_t, start + i) : room.zero_row;
-      next_up_rows[i] = row_at(up, start + block + i);
-    }
     for (int i = 0; i < kNeuronBlock; ++i) {
-      up_rows[round_up(count, kNeuronBlock) + i] = row_at(down_t, start + smaller(i, count - 1));
+      up_rows[round_up(count, kNeuronBlock) + i] =
+          kDReLU ? row_at(up, start + block + i) : row_at(down_t, start + smaller(i, count - 1));
     }
     for (int i = 0; i < count; i += kNeuronBlock) {
       const int neurons = smaller(round_up(count - i, K::kDotNeurons), kNeuronBlock);
       dots<K>(up_rows + i, up_rows + i + kNeuronBlock, neurons, room.input, rows, d_model, room.carry(thread),
               up_values + i * rows);
     }
-    for (int r = 0; r < rows; ++r) {
-      for (int i = 0; i < padded; ++i) {
-        float h = 0;
-        if (i < count) {
+    if constexpr (kDReLU) {
+      for (int i = 0; i < count; ++i) {
+        const int32_t neuron = room.neurons[start + i];
+        bool any = false;
+        for (int r = 0; r < rows; ++r) {
+          const float gate = room.gates[neuron * rows + r], value = up_values[i * rows + r];
+          const bool active = is_active(gate, threshold) && is_active(value, threshold);
+          narrow(active ? gate * value : 0.0f, hidden[r * kUnionBlock + kept]);
+          room.row_active(thread)[r] += active;
+          any |= active;
+        }
+        if (!any) continue;
+        down_rows[kept++] = down_t + neuron * d_model;
+        room.in_union[neuron] = 1;
+      }
+      // Half-empty blocks would cost as much as full ones.
+      const bool last = start + block >= range.end;
+      if (kept == 0 || (!last && kept < block && kept + block <= kUnionBlock)) continue;
+    } else {
+      for (int r = 0; r < rows; ++r) {
+        for (int i = 0; i < count; ++i) {
+          float h = 0;
           const float gate = room.gates[room.neurons[start + i] * rows + r];
           if (is_active(gate, threshold)) h = gate * up_values[i * rows + r];
+          narrow(h, hidden[r * kUnionBlock + i]);
         }
-        narrow(h, hidden[r * kUnionBlock + i]);
       }
+      for (; kept < count; ++kept) down_rows[kept] = row_at(down_t, start + kept);
     }
+    const int padded = round_up(kept, neuron_padding<K>(rows));
+    for (int i = kept; i < padded; ++i) {
+      down_rows[i] = room.zero_row;
+      for (int r = 0; r < rows; ++r) narrow(0.0f, hidden[r * kUnionBlock + i]);
+    }
+    for (int i = 0; i < padded; ++i) next_up_rows[i] = row_at(up, start + block + i);
+    kept = 0;
     const DownBlock<K> down{few(rows) ? next_up_rows : down_rows,
                             few(rows) ? 0 : kTileColumns<K>,
                             down_rows,
@@ -124,7 +148,7 @@ void add_neurons(const SparseRoom<K>& room, int thread, Range range, const typen
 }
 
 // One call on rows <= kChunkRows rows; marks the union in room.in_union and returns the number of active (row, neuron) pairs.
-template <class K>
+template <class K, bool kDReLU>
 int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64_t d_ff, const typename K::Weight* x,
                      const typename K::Weight* gate_up, const typename K::Weight* down_t, float threshold,
                      typename K::Weight* y, ThreadPool pool, int threads) {
@@ -141,12 +165,12 @@ int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64
       bool any = false;
       for (int r = 0; r < rows; ++r) {
         const bool active = is_active(room.gates[n * rows + r], threshold);
-        row_active[r] += active;
+        if constexpr (!kDReLU) row_active[r] += active;
         any |= active;
       }
       if (!any) continue;
       room.neurons[range.begin + listed++] = static_cast<int32_t>(n);
-      room.in_union[n] = 1;
+      if constexpr (!kDReLU) room.in_union[n] = 1;
     }
     *room.listed(thread) = listed;
   };
@@ -154,19 +178,17 @@ int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64
 
   // One list for all threads: the work on it is split evenly, wherever the active neurons lie.
   int64_t listed = 0;
-  int64_t row_active[kChunkRows] = {};
   for (int thread = 0; thread < threads; ++thread) {
     const int64_t count = *room.listed(thread);
     std::memmove(room.neurons + listed, room.neurons + share(d_ff, kNeuronBlock, thread, threads).begin,
                  count * sizeof(int32_t));
     listed += count;
-    for (int r = 0; r < rows; ++r) row_active[r] += room.row_active(thread)[r];
   }
 
   auto add_active = [&](int thread) {
     [[maybe_unused]] const typename K::Unit unit;
     std::memset(room.sums(thread), 0, rows * room.y_stride * sizeof(float));
-    add_neurons<K>(room, thread, share(listed, kShareUnit, thread, threads), gate_up + d_ff * d_model, down_t,
+    add_neurons<K, kDReLU>(room, thread, share(listed, kShareUnit, thread, threads), gate_up + d_ff * d_model, down_t,
                    threshold, rows, d_model);
   };
   run_threads(pool, threads, add_active);
@@ -186,12 +208,15 @@ int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64
 
   int64_t active = 0;
   for (int r = 0; r < rows; ++r) {
-    active += row_active[r];
+    int64_t row_active = 0;
+    for (int thread = 0; thread < threads; ++thread) row_active += room.row_active(thread)[r];
+    active += row_active;
+    if constexpr (kDReLU) continue;
     bool finite = true;
     for (int64_t c = 0; c < d_model; ++c) finite &= is_finite(x[r * d_model + c]);
     // With inf or NaN in x every up value is inf or NaN, and 0 * up of an inactive neuron is NaN: the dense product is NaN in
     // every column of the row. Skipping the inactive neurons must not hide that.
-    if (!finite && row_active[r] < d_ff) {
+    if (!finite && row_active < d_ff) {
       for (int64_t c = 0; c < d_model; ++c) narrow(NAN, y[r * d_model + c]);
     }
   }
@@ -200,18 +225,19 @@ int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64
 
 template <class K>
 Counts sparse_ffn(Shape shape, const typename K::Weight* x, const typename K::Weight* gate_up,
-                  const typename K::Weight* down_t, float threshold, typename K::Weight* y, ThreadPool pool) {
+                  const typename K::Weight* down_t, float threshold, bool drelu, typename K::Weight* y, ThreadPool pool) {
   const auto [rows, d_model, d_ff] = shape;
   const int threads = useful_threads(pool, d_ff * d_model * static_cast<int64_t>(sizeof(typename K::Weight)));
   const int chunk = static_cast<int>(smaller<int64_t>(rows, kChunkRows));
+  const auto compute = drelu ? sparse_chunk<K, true> : sparse_chunk<K, false>;
   const auto room = make_room<SparseRoom<K>>(threads, chunk, d_model, d_ff);
   std::memset(room.in_union, 0, d_ff);
   std::memset(room.zero_row, 0, d_model * sizeof(typename K::Weight));
   Counts counts;
   for (int64_t start = 0; start < rows; start += chunk) {
     const int count = static_cast<int>(smaller<int64_t>(chunk, rows - start));
-    counts.active += sparse_chunk<K>(room, count, d_model, d_ff, x + start * d_model, gate_up, down_t, threshold,
-                                     y + start * d_model, pool, threads);
+    counts.active += compute(room, count, d_model, d_ff, x + start * d_model, gate_up, down_t, threshold, y + start * d_model,
+                             pool, threads);
   }
   for (int64_t n = 0; n < d_ff; ++n) counts.union_neurons += room.in_union[n];
   return counts;
@@ -252,7 +278,7 @@ void gate_values(Shape shape, const typename K::Weight* x, const typename K::Wei
 
 // ---- dense path --------------------------------------------------------------------------------------------------------------
 
-template <class Element>
+template <class Element, bool kDReLU>
 Counts activation(Shape shape, const Element* gate_up_out, float threshold, Element* h, ThreadPool pool) {
   constexpr int64_t kBlock = 512;
   const auto [rows, d_model, d_ff] = shape;
@@ -273,14 +299,24 @@ Counts activation(Shape shape, const Element* gate_up_out, float threshold, Elem
         const Element* const up = gate + d_ff;
         Element* const out = h + r * d_ff + start;
         int32_t row_active = 0;
+        [[maybe_unused]] int32_t views[2] = {0, 0};
         for (int64_t n = 0; n < width; ++n) {
-          const float g = widen(gate[n]);
-          const bool active = is_active(g, threshold);
-          narrow((active ? g : 0.0f) * widen(up[n]), out[n]);
+          const float g = widen(gate[n]), u = widen(up[n]);
+          bool active = is_active(g, threshold);
+          if constexpr (kDReLU) {
+            const bool second = is_active(u, threshold);
+            views[0] += active;
+            views[1] += second;
+            active &= second;
+            narrow(active ? g * u : 0.0f, out[n]);
+          } else {
+            narrow((active ? g : 0.0f) * u, out[n]);
+          }
           in_union[n] |= active;
           row_active += active;
         }
         counts.active += row_active;
+        if constexpr (kDReLU) counts.views[0] += views[0], counts.views[1] += views[1];
       }
       for (int64_t n = 0; n < width; ++n) counts.union_neurons += in_union[n];
     }
@@ -291,8 +327,15 @@ Counts activation(Shape shape, const Element* gate_up_out, float threshold, Elem
   for (int thread = 0; thread < threads; ++thread) {
     total.active += room.counts(thread)->active;
     total.union_neurons += room.counts(thread)->union_neurons;
+    for (int view = 0; view < 2; ++view) total.views[view] += room.counts(thread)->views[view];
   }
   return total;
+}
+
+template <class Element>
+Counts launch_activation(Shape shape, const void* gate_up_out, float threshold, bool drelu, void* h, ThreadPool pool) {
+  const auto compute = drelu ? activation<Element, true> : activation<Element, false>;
+  return compute(shape, static_cast<const Element*>(gate_up_out), threshold, static_cast<Element*>(h), pool);
 }
 
 constexpr int kDenseRows = 256;     // rows and neurons of one block
@@ -389,22 +432,21 @@ template <class Bf16, class F32, auto kDown>
 constexpr Kernels make_kernels(const char* isa) {
   return {
       isa,
-      [](Dtype dtype, Shape shape, const void* x, const void* gate_up, const void* down_t, float threshold, void* y,
-         ThreadPool pool) {
+      [](Dtype dtype, Shape shape, const void* x, const void* gate_up, const void* down_t, float threshold, bool drelu,
+         void* y, ThreadPool pool) {
         return dtype == Dtype::kBFloat16
-                   ? sparse_ffn<Bf16>(shape, as<uint16_t>(x), as<uint16_t>(gate_up), as<uint16_t>(down_t), threshold,
+                   ? sparse_ffn<Bf16>(shape, as<uint16_t>(x), as<uint16_t>(gate_up), as<uint16_t>(down_t), threshold, drelu,
                                       static_cast<uint16_t*>(y), pool)
-                   : sparse_ffn<F32>(shape, as<float>(x), as<float>(gate_up), as<float>(down_t), threshold,
+                   : sparse_ffn<F32>(shape, as<float>(x), as<float>(gate_up), as<float>(down_t), threshold, drelu,
                                      static_cast<float*>(y), pool);
       },
       [](Dtype dtype, Shape shape, const void* x, const void* gate_up, float* gates, ThreadPool pool) {
         dtype == Dtype::kBFloat16 ? gate_values<Bf16>(shape, as<uint16_t>(x), as<uint16_t>(gate_up), gates, pool)
                                   : gate_values<F32>(shape, as<float>(x), as<float>(gate_up), gates, pool);
       },
-      [](Dtype dtype, Shape shape, const void* gate_up_out, float threshold, void* h, ThreadPool pool) {
-        return dtype == Dtype::kBFloat16
-                   ? activation(shape, as<uint16_t>(gate_up_out), threshold, static_cast<uint16_t*>(h), pool)
-                   : activation(shape, as<float>(gate_up_out), threshold, static_cast<float*>(h), pool);
+      [](Dtype dtype, Shape shape, const void* gate_up_out, float threshold, bool drelu, void* h, ThreadPool pool) {
+        return dtype == Dtype::kBFloat16 ? launch_activation<uint16_t>(shape, gate_up_out, threshold, drelu, h, pool)
+                                         : launch_activation<float>(shape, gate_up_out, threshold, drelu, h, pool);
       },
       kDown,
   };

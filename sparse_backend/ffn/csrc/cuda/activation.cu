@@ -1,5 +1,8 @@
 // The middle of the dense path in one launch: h = gate * active * up, and the counters.
 //
+// With dReLU also how many gates and how many up values are above the threshold, in the last row of the counters: the sparse path
+// is to begin with the sparser of the two.
+//
 // A block owns a stripe of neurons over all rows, so the union needs neither a second pass nor scratch memory, and counts are
 // sums of integers, the same in any order. A stripe is 128 bytes of each row: whole cache lines, and at the usual widths more
 // stripes than multiprocessors.
@@ -32,22 +35,32 @@ __device__ __forceinline__ void add(int64_t* counter, unsigned value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(value));
 }
 
-// 16 bytes of h from 16 bytes of gate and of up; bit i of `active` says whether neuron i is active.
-template <class Element>
-__device__ __forceinline__ uint4 activate(const uint4& gate, const uint4& up, float threshold, unsigned& active) {
+// 16 bytes of h from 16 bytes of gate and of up; bit i of `active` says whether neuron i is active, of `views` whether its gate
+// and its up value are above the threshold.
+template <class Element, bool kDReLU>
+__device__ __forceinline__ uint4 activate(const uint4& gate, const uint4& up, float threshold, unsigned& active,
+                                          unsigned (&views)[2]) {
   constexpr int kElements = sizeof(uint4) / sizeof(Element);
   Element gates[kElements];
   Element ups[kElements];
   Element products[kElements];
   memcpy(gates, &gate, sizeof(gates));
   memcpy(ups, &up, sizeof(ups));
-  active = 0;
+  active = views[0] = views[1] = 0;
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    const float value = widen(gates[i]);
-    const bool is_active = !(value <= threshold);  // a NaN is active
+    const float value = widen(gates[i]), up_value = widen(ups[i]);
+    bool is_active = !(value <= threshold);  // a NaN is active
+    if constexpr (kDReLU) {
+      const bool second = !(up_value <= threshold);
+      views[0] |= static_cast<unsigned>(is_active) << i;
+      views[1] |= static_cast<unsigned>(second) << i;
+      is_active = is_active && second;
+      narrow(is_active ? value * up_value : 0.0f, products[i]);
+    } else {
+      narrow((is_active ? value : 0.0f) * up_value, products[i]);
+    }
     active |= static_cast<unsigned>(is_active) << i;
-    narrow((is_active ? value : 0.0f) * widen(ups[i]), products[i]);
   }
   uint4 h;
   memcpy(&h, products, sizeof(h));
@@ -56,7 +69,7 @@ __device__ __forceinline__ uint4 activate(const uint4& gate, const uint4& up, fl
 
 // gate_up_out [rows, 2 * vectors] and h [rows, vectors], in vectors of 16 bytes. The threads of a block are kStripe columns
 // wide; those of a column share the rows out.
-template <class Element>
+template <class Element, bool kDReLU>
 __global__ void __launch_bounds__(kMaxThreads)
     activation_kernel(int64_t rows, int64_t vectors, const uint4* gate_up_out, float threshold, const bool* is_padding,
                       uint4* h, int64_t* counters) {
@@ -68,6 +81,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   unsigned active = 0;  // a block would need 2^26 rows to overflow it
   unsigned in_union = 0;
   unsigned real_rows = 0;
+  unsigned counted_views[2] = {0, 0};
   if (vector < vectors) {
     for (int64_t first = threadIdx.x / kStripe; first < rows; first += kRowsInFlight * row_step) {
       uint4 gates[kRowsInFlight] = {};
@@ -86,15 +100,27 @@ __global__ void __launch_bounds__(kMaxThreads)
       for (int i = 0; i < kRowsInFlight; ++i) {
         const int64_t row = first + i * row_step;
         if (row < rows) {
-          unsigned bits;
-          const uint4 products = activate<Element>(gates[i], ups[i], threshold, bits);
+          unsigned bits, views[2];
+          const uint4 products = activate<Element, kDReLU>(gates[i], ups[i], threshold, bits, views);
           h[row * vectors + vector] = is_real[i] ? products : uint4{};
+          if constexpr (kDReLU) {
+#pragma unroll
+            for (int view = 0; view < 2; ++view) counted_views[view] += is_real[i] ? __popc(views[view]) : 0;
+          }
           bits = is_real[i] ? bits : 0;
           active += __popc(bits);
           in_union |= bits;
           real_rows += is_real[i];
         }
       }
+    }
+  }
+
+  if constexpr (kDReLU) {
+#pragma unroll
+    for (int view = 0; view < 2; ++view) {
+      const unsigned sum = __reduce_add_sync(kAllLanes, counted_views[view]);
+      if (threadIdx.x % kWarp == 0 && sum > 0) add(counters + 5 + view, sum);
     }
   }
 
@@ -132,34 +158,36 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (blockIdx.x == 0 && real_rows > 0) {
     add(counters, real_rows);
     add(counters + 3, 1);
+    if constexpr (kDReLU) add(counters + 4, real_rows);
   }
 }
 
 template <class Element>
-cudaError_t launch_typed(const Shape& shape, const void* gate_up_out, float threshold, const bool* is_padding, void* h,
+cudaError_t launch_typed(const Shape& shape, const void* gate_up_out, float threshold, bool drelu, const bool* is_padding, void* h,
                          int64_t* counters, cudaStream_t stream) {
   const int64_t vectors = shape.d_ff * static_cast<int64_t>(sizeof(Element)) / static_cast<int64_t>(sizeof(uint4));
   const int64_t stripes = (vectors + kStripe - 1) / kStripe;
   const int64_t threads = std::min<int64_t>((shape.rows * kStripe + kWarp - 1) / kWarp * kWarp, kMaxThreads);
-  return launch_early(activation_kernel<Element>, dim3(static_cast<unsigned>(stripes)), dim3(static_cast<unsigned>(threads)), 0,
-                stream, shape.rows, vectors, static_cast<const uint4*>(gate_up_out), threshold, is_padding,
-                static_cast<uint4*>(h), counters);
+  const auto kernel = drelu ? activation_kernel<Element, true> : activation_kernel<Element, false>;
+  return launch_early(kernel, dim3(static_cast<unsigned>(stripes)), dim3(static_cast<unsigned>(threads)), 0,
+                      stream, 1, shape.rows, vectors, static_cast<const uint4*>(gate_up_out), threshold, is_padding,
+                      static_cast<uint4*>(h), counters);
 }
 
 }  // namespace
 
 size_t activation_workspace(const Shape&) { return 0; }
 
-cudaError_t launch_activation(Dtype dtype, const Shape& shape, const void* gate_up_out, float threshold,
+cudaError_t launch_activation(Dtype dtype, const Shape& shape, const void* gate_up_out, float threshold, bool drelu,
                               const bool* is_padding, void* h, int64_t* counters, void* /*workspace*/, cudaStream_t stream) {
   if (shape.rows == 0) return cudaSuccess;
   switch (dtype) {
     case Dtype::kBFloat16:
-      return launch_typed<__nv_bfloat16>(shape, gate_up_out, threshold, is_padding, h, counters, stream);
+      return launch_typed<__nv_bfloat16>(shape, gate_up_out, threshold, drelu, is_padding, h, counters, stream);
     case Dtype::kFloat16:
-      return launch_typed<__half>(shape, gate_up_out, threshold, is_padding, h, counters, stream);
+      return launch_typed<__half>(shape, gate_up_out, threshold, drelu, is_padding, h, counters, stream);
     case Dtype::kFloat32:
-      return launch_typed<float>(shape, gate_up_out, threshold, is_padding, h, counters, stream);
+      return launch_typed<float>(shape, gate_up_out, threshold, drelu, is_padding, h, counters, stream);
   }
   return cudaErrorInvalidValue;
 }
