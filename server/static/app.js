@@ -7,6 +7,8 @@ import { Playground } from "/page/playground.js";
 
 // Seconds between polls (the server asks its engine once a second at most), and seconds of history shown.
 const PERIOD = 1;
+// Two answers that come closer together than this were held up on the way: a rate between them would mean nothing.
+const SHORTEST = 0.5;
 const HISTORY = 60;
 
 const $ = (id) => document.getElementById(id);
@@ -57,6 +59,7 @@ async function pollForever() {
 
 function take(reading) {
   if (readings.length > 0 && !reading.follows(readings.at(-1))) readings = [];
+  if (readings.length > 0 && reading.time - readings.at(-1).time < SHORTEST) return;
   readings.push(reading);
   while (readings.length > 2 && readings[1].time < reading.time - HISTORY) readings.shift();
   if (reading.kernel) $("kernel").textContent = [reading.kernel.name, reading.kernel.isa].filter(Boolean).join(" · ");
