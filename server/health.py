@@ -1,7 +1,6 @@
 """Is the process alive, is it ready, may a request come in: probes, and the front door that every request passes."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Protocol
 
@@ -9,24 +8,17 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import error_response
+from server.errors import RETRY_AFTER, RefusalError
 from server.page import PAGE_PATHS
-
-PROBE_PATHS = ("/livez", "/readyz", "/health")
-METRICS_PATH = "/metrics"
-
-# Seconds after which an engine that owes an answer counts as hung: longer than a step of a healthy engine should take.
-UNANSWERED_LIMIT = 10.0
-
-# Seconds a client is told to wait before it tries again.
-RETRY_AFTER = 5
+from server.paths import METRICS_PATH, PROBE_PATHS
 
 
 class Phase(StrEnum):
-    """The life of the server process, in order."""
+    """What the server process is at. READY and RESTARTING may follow each other; DRAINING is the last."""
 
     STARTING = "starting"
     READY = "ready"
+    RESTARTING = "restarting"
     DRAINING = "draining"
 
 
@@ -37,20 +29,23 @@ class Engine(Protocol):
     def died(self) -> bool:
         """True once the engine cannot answer any more."""
 
+    def stalled(self) -> float:
+        """Seconds for which it has owed a step or an answer."""
+
 
 class Health:
     """The one place that knows whether requests are served, and how many are running."""
 
-    def __init__(self, unanswered: Callable[[], Awaitable[float]]) -> None:
+    def __init__(self, stall_timeout: float) -> None:
         """Start in phase STARTING.
 
         Args:
-            unanswered: asks the engine for a sign of life and returns for how many seconds it now owes one.
+            stall_timeout: seconds that an engine may owe a step or an answer while it counts as ready.
         """
         self.phase = Phase.STARTING
         self.step = "starting"
         """What a server that is not ready yet is doing, for people."""
-        self._unanswered = unanswered
+        self._stall_timeout = stall_timeout
         self._engine: Engine | None = None
         self._running = 0
         self._idle = asyncio.Event()
@@ -61,6 +56,11 @@ class Health:
         self._engine = engine
         self.phase = Phase.READY
 
+    def restarting(self) -> None:
+        """The engine is gone: let no request in until ``ready``."""
+        self._engine = None
+        self.phase = Phase.RESTARTING
+
     def drain(self) -> None:
         """Let no new request in."""
         self.phase = Phase.DRAINING
@@ -69,6 +69,11 @@ class Health:
     def running(self) -> int:
         """Requests being answered."""
         return self._running
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds for which the engine has owed a step or an answer; 0 without an engine."""
+        return 0.0 if self._engine is None else self._engine.stalled()
 
     async def idle(self) -> None:
         """Wait until no request is running."""
@@ -79,19 +84,17 @@ class Health:
         match self.phase:
             case Phase.STARTING:
                 return f"The server is not ready yet: {self.step}."
+            case Phase.RESTARTING:
+                return "The engine stopped working; it is being started anew."
             case Phase.DRAINING:
                 return "The server is shutting down."
             case Phase.READY:
-                return "The engine stopped working." if self._engine is None or self._engine.died else None
-
-    async def not_ready(self) -> str | None:
-        """As ``refusal``, and also asks whether the engine still answers."""
-        if (reason := self.refusal()) is not None:
-            return reason
-        if (seconds := await self._unanswered()) > UNANSWERED_LIMIT:
-            return f"The engine has not answered for {seconds:.0f} s."
-        # It may have died while we asked.
-        return self.refusal()
+                if self._engine is None or self._engine.died:
+                    return "The engine stopped working."
+                seconds = self.stalled_seconds
+                return (
+                    f"The engine has made no progress for {seconds:.0f} s." if seconds > self._stall_timeout else None
+                )
 
     def begin_request(self) -> None:
         """Count a request in."""
@@ -116,7 +119,7 @@ def probe_router(health: Health) -> APIRouter:
     @router.get("/readyz", summary="200 while requests are served, else 503 with the reason", responses={503: {}})
     @router.get("/health", summary="The same as /readyz", responses={503: {}})
     async def readyz() -> JSONResponse:
-        reason = await health.not_ready()
+        reason = health.refusal()
         if reason is None:
             return JSONResponse({"status": "ready"})
         return JSONResponse(
@@ -124,6 +127,11 @@ def probe_router(health: Health) -> APIRouter:
         )
 
     return router
+
+
+def not_ready(reason: str) -> RefusalError:
+    """What a request is told that cannot be served now."""
+    return RefusalError(503, reason, reason="not_ready", retry_after=RETRY_AFTER)
 
 
 class FrontDoor:
@@ -143,10 +151,7 @@ class FrontDoor:
             return
         reason = self._health.refusal()
         if reason is not None or self.api is None:
-            refusal = error_response(
-                503, reason or "The server is not ready yet.", headers={"Retry-After": str(RETRY_AFTER)}
-            )
-            await refusal(scope, receive, send)
+            await not_ready(reason or "The server is not ready yet.").response()(scope, receive, send)
             return
         self._health.begin_request()
         try:

@@ -12,13 +12,17 @@ import yaml
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from server.auth import MetricsAccess, parse_key
 from server.cli import nearest
+from server.limits import AdmissionLimits, Recovery, RequestLimits, split_commas
 from sparse_backend.errors import UserError
 
 PREFIX = "PROSPARSE_"
 
 # Environment keys with our prefix that other rooms read; everything else under the prefix must be a setting.
-OTHER_ENVIRONMENT_KEYS = frozenset({"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA"})
+OTHER_ENVIRONMENT_KEYS = frozenset(
+    {"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA", "PROSPARSE_BATCHING_SETTINGS", "PROSPARSE_BATCHING_LEVERS"}
+)
 
 # What PROSPARSE_CPU_ISA may be. The kernels decide what this CPU has of them, but only once the engine's workers are up.
 CPU_ISAS = ("amx", "avx512_bf16", "avx512f", "avx2", "portable")
@@ -34,6 +38,7 @@ _OUR_FLAGS = {
     "--config": "config",
     "--shutdown-timeout": "drain_timeout",
     "--additional-config": "ffn_path",
+    "--scheduler-cls": "batching",
     "--log-level": "log_level",
 }
 
@@ -63,11 +68,12 @@ def _split_words(value: object) -> object:
     return shlex.split(value) if isinstance(value, str) else value
 
 
-def _split_commas(value: object) -> object:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+def _split_keys(value: object) -> object:
+    # An empty part stays: it is refused, since leaving it out could leave no key at all.
+    return value.split(",") if isinstance(value, str) else value
 
 
-class Settings(BaseSettings):
+class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
     """Everything ``prosparse serve`` can be told. Each description says what the setting does at its limit."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
@@ -93,15 +99,55 @@ class Settings(BaseSettings):
         description="how feed-forward layers compute: auto takes the sparse path up to the row count where it was"
         " measured to win on this machine, and the dense path beyond; sparse and dense force one path",
     )
-    api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+    batching: Literal["fcfs", "sparse"] = Field(
+        "fcfs",
+        description="what a step is made of: fcfs, whatever has come, in that order, as vLLM does it; sparse, as much of the"
+        " waiting prompts as the objectives leave room for, by the predicted time of the step",
+    )
+    itl_slo_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="with --batching sparse: objective for the milliseconds between two tokens of a request; longer prompts are"
+        " read in smaller pieces to keep it. One that not even a single request can meet is said at start-up",
+    )
+    ttft_slo_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="with --batching sparse: objective for the milliseconds to a request's first token",
+    )
+    max_unfairness_ms: float = Field(
+        100.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="with --batching sparse: milliseconds that a waiting request may lose to others that came later",
+    )
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         (),
-        description="key that requests must carry as `Authorization: Bearer KEY`; repeat the flag (commas in the"
-        " environment) for several; without any key everybody is served. A flag is visible in the process list: prefer"
-        " PROSPARSE_API_KEY or --api-key-file",
+        description="key that requests must carry as `Authorization: Bearer KEY`, written KEY or NAME KEY, where KEY may be"
+        " sha256: and its hash; repeat the flag (commas in the environment) for several; without any key everybody is"
+        " served. A flag is visible in the process list: prefer PROSPARSE_API_KEY or --api-key-file",
     )
     api_key_file: Path | None = Field(
         None,
-        description="file with one key per line, in addition to --api-key; empty lines and # comments are skipped",
+        description="file with one key per line, written likewise, in addition to --api-key; empty lines and # comments are"
+        " skipped. It is read anew when it changes",
+    )
+    metrics_access: MetricsAccess = Field(
+        "key",
+        description="who may read /metrics: whoever has a key (everybody if there are none), everybody, nobody (404)",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)] = Field(
+        (),
+        description="origins, separated by commas, whose pages may call the server from a browser, or *; the default allows"
+        " none",
+    )
+    request_log: Literal["on", "off"] = Field(
+        "on", description="one line of JSON on standard output for each request, probes and /metrics aside"
+    )
+    log_prompts: bool = Field(
+        False, description="true: those lines hold the prompt or messages; false: no text of a request is logged"
     )
     drain_timeout: float = Field(
         30.0,
@@ -120,11 +166,9 @@ class Settings(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        # As in the key file and in a request's header, space around a key is no part of it.
-        stripped = tuple(SecretStr(key.get_secret_value().strip()) for key in keys)
-        if not all(stripped):
-            raise ValueError("a key is empty")
-        return stripped
+        for position, key in enumerate(keys, 1):
+            parse_key(key.get_secret_value(), position)
+        return keys
 
     @classmethod
     def settings_customise_sources(
@@ -154,26 +198,10 @@ class Settings(BaseSettings):
         _check_vllm_flags(settings.vllm_flags)
         return settings
 
-    def api_keys(self) -> list[str]:
-        """All keys, those of ``api_key_file`` included.
-
-        Raises:
-            UserError: the file cannot be read or holds no key.
-        """
-        keys = [key.get_secret_value() for key in self.api_key]
-        if self.api_key_file is None:
-            return keys
-        try:
-            lines = [line.strip() for line in self.api_key_file.read_text().splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api-key-file {self.api_key_file} cannot be read: {error}.") from None
-        in_file = [line for line in lines if line and not line.startswith("#")]
-        if not in_file:
-            raise UserError(
-                f"--api-key-file {self.api_key_file} holds no key, which would serve everybody. Write one key per"
-                " line, or leave the setting out."
-            )
-        return keys + in_file
+    @property
+    def model_name(self) -> str:
+        """The name that clients give as ``model``."""
+        return self.served_model_name or self.model.resolve().name
 
 
 def flag_of(name: str) -> str:

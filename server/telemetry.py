@@ -24,9 +24,6 @@ MIN_INTERVAL = 1.0
 # Seconds a scrape waits for the engine before it serves the counters of last time.
 TIMEOUT = 2.0
 
-# The same for a readiness probe, which orchestrators by default give up on after one second.
-PROBE_TIMEOUT = 0.5
-
 
 @dataclass(frozen=True)
 class _Sums:
@@ -76,7 +73,7 @@ class SparsityTelemetry(Collector):
         self._snapshots: deque[tuple[float, SparsitySnapshot]] = deque()
         self._question: asyncio.Task[None] | None = None
         self._asked_at = 0.0
-        self._owed_since: float | None = None
+        self._owed = False
         self._answers = 0
         self._answer_seconds = 0.0
         self._failures = 0
@@ -97,43 +94,38 @@ class SparsityTelemetry(Collector):
         """
         self._ask = ask
         self._asked_at = self._clock()
+        self._snapshots.clear()
         self._record(await ask())
 
+    def stop(self) -> None:
+        """The engine is gone: ask nothing any more, and show its last counters until the next ``start``."""
+        self._ask = None
+        self._owed = False
+        if self._question is not None:
+            self._question.cancel()
+
     async def refresh(self) -> None:
-        """Bring the counters up to date; an engine that fails or is silent for ``TIMEOUT`` seconds leaves the last ones."""
-        await self._bring_up_to_date(TIMEOUT)
-        if self._owed_since is not None:
-            self._failures += 1
+        """Bring the counters up to date; an engine that fails or is silent for ``TIMEOUT`` seconds leaves the last ones.
 
-    async def unanswered(self) -> float:
-        """Ask the engine for a sign of life; returns for how many seconds it has owed an answer, 0 if it gave one.
-
-        An engine that fails to answer owes one just as a silent one does.
-        """
-        await self._bring_up_to_date(PROBE_TIMEOUT)
-        return 0.0 if self._owed_since is None else self._clock() - self._owed_since
-
-    async def _bring_up_to_date(self, patience: float) -> None:
-        """Ask, unless the last question is recent, and wait ``patience`` seconds.
-
-        One question is out at a time: a hung engine is asked once, and every caller waits for that answer.
+        One question is out at a time, at most one in ``MIN_INTERVAL``: a hung engine is asked once, and every caller waits
+        for that answer.
         """
         if self._ask is None:
             return
-        if self._question is None:
-            if self._clock() - self._asked_at < MIN_INTERVAL:
-                return
+        if self._question is None and self._clock() - self._asked_at >= MIN_INTERVAL:
             self._asked_at = self._clock()
-            if self._owed_since is None:
-                self._owed_since = self._asked_at
+            self._owed = True
             self._question = asyncio.create_task(self._fetch(self._ask))
-        await asyncio.wait({self._question}, timeout=patience)
+        if self._question is not None:
+            await asyncio.wait({self._question}, timeout=TIMEOUT)
+        if self._owed:
+            self._failures += 1
 
     async def _fetch(self, ask: Callable[[], Awaitable[list[SparsitySnapshot]]]) -> None:
         try:
             self._record(await ask())
         except Exception:
-            # Whatever went wrong in the engine, a scrape must still be answered; the counter and /readyz tell of it.
+            # Whatever went wrong in the engine, a scrape must still be answered; the counter tells of it.
             logger.warning("the sparsity counters could not be read", exc_info=True)
         finally:
             self._question = None
@@ -143,12 +135,12 @@ class SparsityTelemetry(Collector):
         self._answers += 1
         self._answer_seconds += now - self._asked_at
         self._snapshots.append((now, merge(snapshots)))
-        self._owed_since = None
+        self._owed = False
         while len(self._snapshots) > 1 and self._snapshots[1][0] <= now - WINDOW:
             self._snapshots.popleft()
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics, from what is known now; asks nobody."""
+        """All metrics, from what is known now; asks nobody. What is not known yet has no sample."""
         yield SummaryMetricFamily(
             "sparse_snapshot_seconds",
             "Time the engine took to answer with its sparsity counters.",
@@ -159,34 +151,24 @@ class SparsityTelemetry(Collector):
             "sparse_snapshot_failures", "Scrapes for which the engine gave no counters in time.", value=self._failures
         )
         yield _per_layer(
-            "sparse_checkpoint_density",
-            "Share of active neurons on held-out text when the checkpoint was made, from its manifest.",
+            "sparse_ffn_expected_density",
+            "Share of neurons active per token row on held-out text when the checkpoint was made, from its manifest;"
+            " absent without one.",
             ((str(layer), density) for layer, density in enumerate(self._checkpoint_densities or ())),
         )
-        if not self._snapshots:
-            return
-        latest = self._snapshots[-1][1]
-        kernel = latest["kernel"]
-        yield InfoMetricFamily(
-            "sparse_kernel",
-            "Implementation of the feed-forward layers; the reason is empty unless there is no sparse path.",
-            value={"name": kernel["name"], "isa": kernel["isa"], "reason": kernel["reason"]},
-        )
-        yield _per_layer(
-            "sparse_ffn_neurons",
-            "Neurons (d_ff) of the layer.",
-            ((layer["layer"], layer["d_ff"]) for layer in latest["layers"]),
-        )
-        yield from _counters(latest)
-        yield from self._densities(latest)
+        latest = self._snapshots[-1][1] if self._snapshots else None
+        yield _kernel(latest["kernel"] if latest else None)
+        layers = latest["layers"] if latest else []
+        yield from _shapes(layers)
+        yield from _counters(layers)
+        yield from self._densities()
 
-    def _densities(self, latest: SparsitySnapshot) -> Iterator[Metric]:
+    def _densities(self) -> Iterator[Metric]:
         density: list[tuple[str, float]] = []
         union_density: list[tuple[str, float]] = []
-        base_time, base = self._snapshots[0]
         # If the engine has stopped answering, old densities would look like live ones.
-        if self._clock() - self._snapshots[-1][0] <= WINDOW and base_time < self._snapshots[-1][0]:
-            for before, now in zip(base["layers"], latest["layers"], strict=True):
+        if self._snapshots and self._clock() - self._snapshots[-1][0] <= WINDOW:
+            for before, now in zip(self._snapshots[0][1]["layers"], self._snapshots[-1][1]["layers"], strict=True):
                 delta = _Sums.of(now) - _Sums.of(before)
                 if delta.rows > 0:
                     density.append((now["layer"], delta.active / (delta.rows * now["d_ff"])))
@@ -210,7 +192,35 @@ def _per_layer(name: str, documentation: str, values: Iterable[tuple[str, float]
     return family
 
 
-def _counters(snapshot: SparsitySnapshot) -> Iterator[Metric]:
+def _kernel(kernel: KernelRecord | None) -> InfoMetricFamily:
+    family = InfoMetricFamily(
+        "sparse_kernel",
+        "Implementation of the feed-forward layers: cpu, cuda, or reference where the kernels could not be built; the reason is"
+        " empty unless every layer is therefore computed densely.",
+        labels=[],
+    )
+    if kernel is not None:
+        family.add_metric([], {"name": kernel["name"], "isa": kernel["isa"], "reason": kernel["reason"]})
+    return family
+
+
+def _shapes(layers: Sequence[LayerSnapshot]) -> Iterator[Metric]:
+    yield _per_layer(
+        "sparse_ffn_neurons", "Neurons (d_ff) of the layer.", ((layer["layer"], layer["d_ff"]) for layer in layers)
+    )
+    yield _per_layer(
+        "sparse_ffn_neuron_bytes",
+        "Bytes of one neuron's row in one of the layer's three matrices (gate, up, down), in the engine's dtype.",
+        ((layer["layer"], layer["neuron_bytes"]) for layer in layers),
+    )
+    yield _per_layer(
+        "sparse_ffn_max_sparse_rows",
+        "Steps of at most this many token rows take the sparse path; 0: none does.",
+        ((layer["layer"], layer["max_sparse_rows"]) for layer in layers),
+    )
+
+
+def _counters(layers: Sequence[LayerSnapshot]) -> Iterator[Metric]:
     rows = CounterMetricFamily("sparse_ffn_rows", "Token rows computed.", labels=["layer", "path"])
     active = CounterMetricFamily(
         "sparse_ffn_active_neurons", "Active neurons, summed over rows.", labels=["layer", "path"]
@@ -223,7 +233,7 @@ def _counters(snapshot: SparsitySnapshot) -> Iterator[Metric]:
     steps = CounterMetricFamily(
         "sparse_ffn_steps", "Engine steps that computed at least one row.", labels=["layer", "path"]
     )
-    for layer in snapshot["layers"]:
+    for layer in layers:
         for path in PATHS:
             counts = layer["paths"][path]
             labels = [layer["layer"], path]

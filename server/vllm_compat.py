@@ -5,31 +5,39 @@ Importing it imports vLLM, which takes seconds and reads the environment: ``prep
 
 import asyncio
 import contextlib
+import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import sysconfig
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
+import psutil
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs
 from vllm.entrypoints.openai.chat_completion import api_router as chat_completion
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.models import api_router as models
+from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.entrypoints.serve.instrumentator import basic, offline_docs
 from vllm.entrypoints.serve.tokenize import api_router as tokenize
+from vllm.exceptions import GenerationError, GracefulHTTPError, RetryableRequestError, VLLMClientError
+from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
@@ -38,27 +46,34 @@ from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as VLLM_VERSION
 
 from server.cli import nearest
-from server.errors import error_response
-from server.health import RETRY_AFTER
+from server.errors import INTERNAL_TEXTS, RETRY_AFTER, error_body, error_response
+from server.paths import API_PATHS
 from server.progress import say
+from server.record import RequestRecord, current_request
 from server.settings import Settings
-from sparse_backend.checkpoint import MODEL_CLASS, Checkpoint
+from server.watchdog import Watchdog
+from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
+from sparse_backend.vllm_plugin.batching import SCHEDULER
 from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
 
 __all__ = ["Engine", "attach", "get_prometheus_registry", "parse_flags"]
 
-# The paths we serve, out of all that vLLM's routers bring.
-SERVED_PATHS = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/version"}
-)
+logger = logging.getLogger(__name__)
 
 # Bytes of key-value cache on a CPU unless the user says otherwise: vLLM's own default is most of the machine's memory.
 _CPU_KV_CACHE_BYTES = 1 << 30
+
+# Characters of a field's name and of what is wrong with it that a client is shown.
+_LONGEST_FIELD = 128
+_LONGEST_MESSAGE = 512
+
+_SHARED_MEMORY = "/dev/shm/"  # noqa: S108 - where Linux shows shared memory; nothing is written there by name
 
 # Seconds the engine gets to stop by itself before it is killed.
 _STOP_TIMEOUT = 10
@@ -99,16 +114,30 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
             f" (max_position_embeddings) that {checkpoint.folder} was made for. Give at most that, or leave it out."
         )
     _check_neurons_per_rank(arguments.tensor_parallel_size, checkpoint)
+    if arguments.compilation_config.cudagraph_mode == CUDAGraphMode.FULL:
+        raise UserError(
+            "cudagraph_mode FULL (after `--`) puts the attention of mixed steps, prefill beside decoding, into CUDA graphs, and"
+            f" vLLM {VLLM_VERSION} then gives wrong text with FlashAttention 3. Leave it out (FULL_AND_PIECEWISE), or give"
+            " FULL_DECODE_ONLY."
+        )
     if settings.dtype == "float16" and current_platform.is_cpu():
         raise UserError(
             "--dtype float16 needs a GPU: on a CPU we compute in bfloat16 or float32. Give one of these, or leave it out."
         )
     arguments.model = str(checkpoint.folder)
-    arguments.served_model_name = [settings.served_model_name or checkpoint.folder.resolve().name]
+    arguments.served_model_name = [settings.model_name]
     arguments.dtype = checkpoint.engine_dtype(settings.dtype, float16=not current_platform.is_cpu())
-    arguments.hf_overrides = {"architectures": [MODEL_CLASS]}
-    arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path}}
+    arguments.hf_overrides = {"architectures": [checkpoint.model_class]}
+    arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path, "count_rows": True}}
+    arguments.scheduler_cls = SCHEDULER
     arguments.worker_extension_cls = "sparse_backend.vllm_plugin.worker.SparsityWorkerExtension"
+    if settings.max_tokens is not None:
+        # What stops an answer whose request names no number; our policy refuses those that name a larger one.
+        arguments.override_generation_config = {
+            **arguments.override_generation_config,
+            "max_new_tokens": settings.max_tokens,
+        }
+    arguments.max_logprobs = max(arguments.max_logprobs, settings.max_logprobs)
     arguments.use_tqdm_on_load = settings.log_level in ("debug", "info")
     if current_platform.is_cpu():
         _set_cpu_defaults(arguments)
@@ -142,6 +171,70 @@ def _can_compile() -> bool:
     return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
+class _WatchedLLM(AsyncLLM):
+    """vLLM's engine client; what each request generates is noted in its record, and failures are told in fixed texts."""
+
+    async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[RequestOutput, None]:
+        """As vLLM's.
+
+        Raises:
+            RetryableRequestError: the engine ended.
+            GenerationError: the engine failed; the log has the cause.
+        """
+        tally = _Tally(current_request.get(None))
+        try:
+            async with contextlib.aclosing(super().generate(*args, **kwargs)) as outputs:
+                async for output in outputs:
+                    tally.add(output)
+                    yield output
+        except (VLLMClientError, GracefulHTTPError):
+            raise
+        except EngineDeadError:
+            raise RetryableRequestError(INTERNAL_TEXTS[503]) from None
+        except Exception as error:
+            logger.exception("a request failed in the engine")
+            raise GenerationError(INTERNAL_TEXTS[500]) from error
+
+
+class _Tally:
+    """Adds one prompt's outputs up in the record of their request."""
+
+    def __init__(self, record: RequestRecord | None) -> None:
+        self._record = record
+        self._lengths: dict[int, int] = {}
+
+    def add(self, output: RequestOutput) -> None:
+        record = self._record
+        if record is None:
+            return
+        if not self._lengths:
+            record.prompt_tokens += len(output.prompt_token_ids or ())
+        for sequence in output.outputs:
+            new = len(sequence.token_ids)
+            self._lengths[sequence.index] = self._lengths.get(sequence.index, 0) + new
+            record.output_tokens += new
+            record.longest_output = max(record.longest_output, self._lengths[sequence.index])
+        if (stats := output.metrics) is not None and stats.first_token_ts:
+            record.first_token_at = min(record.first_token_at or stats.first_token_ts, stats.first_token_ts)
+            record.last_token_at = max(record.last_token_at or 0.0, stats.last_token_ts)
+
+
+def _step_reporter(report: Callable[[], None]) -> Callable[..., StatLoggerBase]:
+    """A "stat logger" that passes each step of the engine on, also those that bring no token."""
+
+    class StepReporter(StatLoggerBase):
+        def __init__(self, vllm_config: object, engine_index: int = 0) -> None:
+            pass
+
+        def record(self, *args: object, **kwargs: object) -> None:
+            report()
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return StepReporter
+
+
 class Engine:
     """vLLM's engine, running in processes of its own."""
 
@@ -158,17 +251,44 @@ class Engine:
         except ValueError as error:
             raise UserError(f"vLLM refuses the configuration: {' '.join(str(error).split())}") from None
         with _children_ignore_interrupt():
-            self._llm = AsyncLLM.from_vllm_config(
+            self._llm = _WatchedLLM.from_vllm_config(
                 config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=[_step_reporter(self._step)],
                 enable_log_requests=arguments.enable_log_requests,
                 disable_log_stats=arguments.disable_log_stats,
             )
+        self._watchdog = Watchdog(self._busy, self._ask)
+        self._processes = _family(self._llm.engine_core.resources.engine_manager.processes)
+        self._shared_memory = _shared_memory(self._processes)
+
+    @property
+    def model_name(self) -> str:
+        """What clients give as ``model``."""
+        return str(self.arguments.served_model_name[0])
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences it computes at once."""
+        return int(self._llm.vllm_config.scheduler_config.max_num_seqs)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self._llm.model_config.max_model_len)
 
     @property
     def died(self) -> bool:
         """True once the engine's processes are gone or gave up."""
         return bool(self._llm.errored)
+
+    def stalled(self) -> float:
+        """Seconds for which it has owed a step or an answer."""
+        return self._watchdog.stalled()
+
+    def tick(self) -> None:
+        """To be called about once a second: asks a quiet engine whether it is alive."""
+        self._watchdog.tick()
 
     async def reset_counters(self) -> None:
         """Forget the rows of the warm-up."""
@@ -182,12 +302,22 @@ class Engine:
             answers = await self._llm.collective_rpc("sparsity_snapshot_poll")
         return cast(list[SparsitySnapshot], answers)
 
+    def kill(self) -> None:
+        """End the engine's processes now, also those that are stopped or whose parent is gone; requests get an error."""
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
     async def stop(self) -> None:
-        """End the engine's processes; requests still in it get an error."""
+        """End the engine's processes and leave nothing of them behind; requests still in it get an error."""
+        self._watchdog.stop()
         await asyncio.to_thread(self._llm.shutdown, timeout=_STOP_TIMEOUT)
+        self.kill()
+        for segment in self._shared_memory:
+            segment.unlink(missing_ok=True)
 
     async def serve_on(self, app: FastAPI) -> None:
-        """Attach vLLM's routers, error handlers and state to ``app``, limited to ``SERVED_PATHS``."""
+        """Attach vLLM's routers, error handlers and state to ``app``, limited to ``API_PATHS``."""
         # vLLM shows the model's path to clients as the model's root; the name says enough.
         arguments = Namespace(**{**vars(self.arguments), "model": self.arguments.served_model_name[0]})
         arguments.enable_offline_docs = True
@@ -196,6 +326,32 @@ class Engine:
         attach(app)
         # A start-up's worth of long-lived objects need not be looked through at every collection.
         freeze_gc_heap()
+
+    def _step(self) -> None:
+        self._watchdog.step()
+
+    def _busy(self) -> bool:
+        return self._llm.get_num_unfinished_requests() > 0
+
+    async def _ask(self) -> None:
+        await self._llm.collective_rpc("check_health")
+
+
+def _family(processes: list[multiprocessing.Process]) -> list[psutil.Process]:
+    """The processes and all their descendants, known from here on even where a parent dies."""
+    parents = [psutil.Process(process.pid) for process in processes]
+    return [process for parent in parents for process in (*parent.children(recursive=True), parent)]
+
+
+def _shared_memory(processes: list[psutil.Process]) -> set[Path]:
+    """The shared memory that the processes have mapped and that only a clean exit would remove."""
+    segments = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            segments |= {
+                Path(mapping.path) for mapping in process.memory_maps() if mapping.path.startswith(_SHARED_MEMORY)
+            }
+    return {segment for segment in segments if segment.exists()}
 
 
 @contextlib.contextmanager
@@ -222,13 +378,14 @@ def kill_engines() -> None:
 
 
 def attach(app: FastAPI) -> None:
-    """Add vLLM's routes for ``SERVED_PATHS``, its documentation page and error handlers; needs ``app.state.args``."""
+    """Add vLLM's routes for ``API_PATHS``, its documentation page and error handlers; needs ``app.state.args``."""
     routers = (chat_completion.router, completion.router, models.router, tokenize.router, basic.router)
-    routes = [route for router in routers for route in router.routes if cast(APIRoute, route).path in SERVED_PATHS]
+    routes = [route for router in routers for route in router.routes if cast(APIRoute, route).path in API_PATHS]
     app.include_router(APIRouter(routes=routes))
     offline_docs.attach_router(app)
     init_exception_handler(app)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(EngineDeadError, _on_dead_engine)
     app.add_exception_handler(EngineGenerateError, _on_bug)
     app.add_exception_handler(Exception, _on_bug)
@@ -243,9 +400,19 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     )
 
 
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
+    """Say which field is at fault and why; vLLM's own text repeats what was sent, and the types it was tried as."""
+    first = cast(RequestValidationError, error).errors()[0]
+    field = clean_loc_for_param(tuple(part for part in first["loc"] if part != "body"))[:_LONGEST_FIELD]
+    message = sanitize_message(first["msg"].removeprefix("Value error, "))[:_LONGEST_MESSAGE]
+    text = f"{field}: {message}" if field else message
+    return JSONResponse(error_body(400, text, field or None), status_code=400)
+
+
 async def _on_dead_engine(request: Request, error: Exception) -> JSONResponse:
-    return error_response(503, "The engine stopped working.", headers={"Retry-After": str(RETRY_AFTER)})
+    return error_response(503, INTERNAL_TEXTS[503], headers={"Retry-After": str(RETRY_AFTER)})
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    return error_response(500, "The server failed to answer this request.")
+    logger.error("a request failed", exc_info=error)
+    return error_response(500, INTERNAL_TEXTS[500])

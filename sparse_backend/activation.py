@@ -17,6 +17,12 @@ DENSE_ACTIVATIONS = {
     "gelu_pytorch_tanh": "GELU",
 }
 
+# Published classes that compute ReLU whatever hidden_act says: SakanaAI's leave it at their base's.
+_ALWAYS_RELU = "llama_sparse_relu"
+
+# Whose published class applies hidden_act to up as well as to gate.
+_BOTH_SIDES = "bamboo"
+
 # The kernels compare in float32, where more than this is infinite: no neuron would ever be active.
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
@@ -26,24 +32,32 @@ class Activation(BaseModel):
 
     ReLU is threshold 0. FATReLU (Kurtz et al. 2020; ProSparse, arXiv 2402.13516, eq. 3) has a positive threshold. The
     comparison is strict and in float32, as in vLLM's FatreluAndMul; the paper writes >=, its published kernel does what we do.
+    dReLU (Turbo Sparse, arXiv 2406.05955) is ReLU of the gate and of the up value: relu(gate) * relu(up).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["relu", "fatrelu"]
+    kind: Literal["relu", "fatrelu", "drelu"]
     threshold: float = Field(default=0.0, ge=0.0, le=_LARGEST_FLOAT32, allow_inf_nan=False)
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read ``hidden_act`` and ``hidden_act_param`` from a Hugging Face ``config.json``.
+        """Read ``hidden_act`` and ``hidden_act_param`` from a Hugging Face ``config.json``, as its ``model_type`` means them.
 
         Raises:
             UserError: the activation is dense or unknown, or the FATReLU threshold is missing, negative, NaN, or
                 infinite in float32.
         """
-        name = config.get("hidden_act")
-        if name == "relu":
+        name, model_type = config.get("hidden_act"), config.get("model_type")
+        if model_type == _ALWAYS_RELU:
             return cls(kind="relu")
+        if name == "relu":
+            return cls(kind="drelu" if model_type == _BOTH_SIDES else "relu")
+        if model_type == _BOTH_SIDES:
+            raise UserError(
+                f"hidden_act is {name!r}; of model_type {model_type!r} this server computes 'relu' only, which it applies to gate"
+                " and up (dReLU). Copy the checkpoint again if it was published so."
+            )
         if name == "fatrelu":
             threshold = config.get("hidden_act_param")
             if isinstance(threshold, bool) or not isinstance(threshold, int | float):
@@ -70,10 +84,11 @@ class Activation(BaseModel):
         )
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The two config fields that ``from_hf_config`` reads."""
-        if self.kind == "relu":
-            return {"hidden_act": "relu"}
-        return {"hidden_act": "fatrelu", "hidden_act_param": self.threshold}
+        """The two config fields that ``from_hf_config`` reads beside the model_type."""
+        if self.kind == "fatrelu":
+            return {"hidden_act": "fatrelu", "hidden_act_param": self.threshold}
+        return {"hidden_act": "relu"}
 
     def __str__(self) -> str:
-        return "ReLU" if self.kind == "relu" else f"FATReLU (threshold {self.threshold:g})"
+        names = {"relu": "ReLU", "drelu": "dReLU", "fatrelu": f"FATReLU (threshold {self.threshold:g})"}
+        return names[self.kind]

@@ -9,35 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 
 from sparse_backend.activation import Activation
 from sparse_backend.errors import UserError
+from sparse_backend.families import check_config, check_tensors, family_of
 
 MANIFEST_NAME = "prosparse.json"
 
-# Architectures in config.json that our sparse LLaMA model class computes.
-LLAMA_ARCHITECTURES = ("SparseLlamaForCausalLM", "LlamaForCausalLM")
-MODEL_CLASS = "SparseLlamaForCausalLM"
-
 # The files that hold a tokenizer; the others beside them are its settings.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-
-_MODEL_TYPES = ("llama", "sparsellama")
-
-# Fields of config.json that must be positive integers; the second kind may be missing or null.
-_COUNTS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "vocab_size",
-)
-_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")
-_LARGEST_COUNT = 2**31 - 1
-# In each pair the second must divide the first.
-_MULTIPLES = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"))
 
 
 class _Record(BaseModel):
@@ -176,14 +156,21 @@ class Checkpoint:
         config = read_json(
             path, "config.json", "It is not a Hugging Face checkpoint folder; give the folder that holds it."
         )
-        _check_architecture(path, config)
+        family_of(config, path / "config.json")
+        check_config(config, path / "config.json")
         activation = Activation.from_hf_config(config)
         _check_tokenizer(path)
         shards = _find_shards(path)
+        check_tensors(config, shards, path)
         checkpoint = cls(path, config, activation, shards, _read_manifest(path))
         if verify:
             checkpoint._verify()
         return checkpoint
+
+    @property
+    def model_class(self) -> str:
+        """The vLLM model class of ours that computes it."""
+        return family_of(self.config).model_class
 
     @property
     def n_layers(self) -> int:
@@ -290,32 +277,6 @@ def _check_tokenizer(folder: Path) -> None:
             read_json(folder, name)
 
 
-def _check_architecture(folder: Path, config: Mapping[str, Any]) -> None:
-    where = folder / "config.json"
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures or architectures[0] not in LLAMA_ARCHITECTURES:
-        raise UserError(
-            f"{where} names the architecture {architectures!r}; served are {', '.join(LLAMA_ARCHITECTURES)}."
-        )
-    if config.get("model_type") not in _MODEL_TYPES:
-        raise UserError(f"{where}: model_type is {config.get('model_type')!r}; served are {', '.join(_MODEL_TYPES)}.")
-    present = [field for field in _OPTIONAL_COUNTS if config.get(field) is not None]
-    for field in (*_COUNTS, *present):
-        value = config.get(field)
-        if type(value) is not int or not 0 < value <= _LARGEST_COUNT:
-            raise UserError(
-                f"{where}: {field} is {value!r}; it must be a positive integer of at most {_LARGEST_COUNT}."
-            )
-    for whole, part in _MULTIPLES:
-        if part in (*_COUNTS, *present) and config[whole] % config[part]:
-            raise UserError(f"{where}: {whole} is {config[whole]}, which is no multiple of {part}, {config[part]}.")
-    for field in ("hidden_size", "intermediate_size"):
-        if config[field] % 8:
-            raise UserError(f"{where}: {field} is {config[field]}; the kernels compute multiples of 8 only.")
-    if config.get("mlp_bias"):
-        raise UserError(f"{where}: mlp_bias is set; feed-forward layers with biases are not supported.")
-
-
 def _find_shards(folder: Path) -> list[Path]:
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
@@ -336,14 +297,6 @@ def _find_shards(folder: Path) -> list[Path]:
             raise UserError(
                 f"{index_path} lists {', '.join(missing)}, missing from the folder. Copy the checkpoint again."
             )
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{shard} is not a complete safetensors file ({error}). Copy the checkpoint again."
-            ) from None
     return shards
 
 

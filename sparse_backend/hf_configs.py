@@ -54,6 +54,22 @@ class SparseQwen3Config(Qwen3Config):
     hidden_act_param: float = 0.0
 
 
+class SparseLMConfig(LlamaConfig):
+    """LLaMA with a ReLU gate, as SakanaAI publishes its SparseLM models; their class ignores ``hidden_act``."""
+
+    model_type = "llama_sparse_relu"
+
+    hidden_act: str = "relu"
+
+
+class BambooConfig(MistralConfig):
+    """Mistral with dReLU, as PowerInfer publishes Bamboo and TurboSparse-Mistral: ``hidden_act`` is that of gate and of up."""
+
+    model_type = "bamboo"
+
+    hidden_act: str = "relu"
+
+
 class MiniCPMConfig(GraniteConfig):
     """MiniCPM (arXiv 2404.06395), dense or sparse under one name: OpenBMB publishes MiniCPM-S with "fatrelu" in this config.
 
@@ -87,5 +103,6 @@ SPARSE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 
 def register() -> None:
     """Let ``AutoConfig`` read their model types. Idempotent."""
-    for config in SPARSE_CONFIGS.values():
+    configs: tuple[type[PreTrainedConfig], ...] = (*SPARSE_CONFIGS.values(), SparseLMConfig, BambooConfig)
+    for config in configs:
         AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -29,7 +29,7 @@ def write_tiny_checkpoint(folder: Path, **config: Any) -> Path:
         ``folder``.
     """
     folder.mkdir(parents=True)
-    vocabulary = _write_tokenizer(folder)
+    vocabulary = write_tokenizer(folder)
     fields = {
         "vocab_size": vocabulary,
         "hidden_size": 64,
@@ -58,7 +58,8 @@ def edit_config(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
 
 
-def _write_tokenizer(folder: Path) -> int:
+def write_tokenizer(folder: Path) -> int:
+    """Write a small byte-level tokenizer into a folder; returns the size of its vocabulary."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(TEXT, vocab_size=320, special_tokens=["<s>", "</s>"], show_progress=False)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -45,7 +45,9 @@ async function poll() {
     const text = await (await request("/metrics")).text();
     take(new Reading(text, performance.now() / 1000));
   } catch (error) {
-    if (error.status === 401) askForKey();
+    if (error.status === 401) return askForKey();
+    $("heat-empty").hidden = false;
+    $("heat-empty").textContent = error.status === 404 ? "This server does not show its metrics (metrics_access)." : error.message;
   }
 }
 

@@ -31,7 +31,7 @@ export class Reading {
     for (const { labels, value } of samples.get("sparse_ffn_neurons") ?? []) {
       this.layers.set(labels.layer, { neurons: value, rows: 0, active: 0, union: 0, steps: 0, sparseSteps: 0, sparseRows: 0 });
     }
-    for (const { labels, value } of samples.get("sparse_checkpoint_density") ?? []) {
+    for (const { labels, value } of samples.get("sparse_ffn_expected_density") ?? []) {
       if (this.layers.has(labels.layer)) this.layers.get(labels.layer).checkpoint = value;
     }
     const counts = { rows: "rows", active_neurons: "active", union_neurons: "union", steps: "steps" };

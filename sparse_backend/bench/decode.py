@@ -2,6 +2,7 @@
 
     prosparse bench decode --model deploy/demo --batch 1,8 --stock
     prosparse bench decode --synthetic 7b --density 0.107 --batch 1,2,4,8,16,32,64 --prefill 2048 --fp8
+    prosparse bench decode --synthetic 13b --tensor-parallel-size 2 --batch 1,8
 
 One engine per variant, each in its own process, measured in turn so that a drifting machine treats all alike. A round's decode
 time is the time of a long generation less the time of a one-token generation of the same prompts. Runs on the GPU where there is
@@ -82,6 +83,9 @@ class DecodeReport(TypedDict):
     dtype: str
     decode: list[DecodeResult]
     prefill: PrefillResult | None
+    devices: int
+    same_tokens_as_one_device: bool | None
+    """Did every variant of ours continue the prompts as the sparse path does on one device? None for one device."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Plan:
     stock: bool = False
     fp8: bool = False
     corpus: str = "stdlib"
+    tensor_parallel_size: int = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,6 +139,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=ENGINE_DTYPES, default="auto", help="dtype of the engine (default: the checkpoint's)"
     )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="devices that share each layer (default 1); with several, tokens are compared with those of one",
+    )
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--stock", action="store_true", help="also time vLLM's own dense Swish LLaMA of the same shape")
     parser.add_argument("--fp8", action="store_true", help="also time that with quantization=fp8 (GPU)")
@@ -160,9 +172,14 @@ def run(arguments: argparse.Namespace) -> int:
         stock=arguments.stock,
         fp8=arguments.fp8,
         corpus=arguments.corpus,
+        tensor_parallel_size=arguments.tensor_parallel_size,
     )
     with _model(arguments) as (checkpoint, synthetic):
         check_context(checkpoint, 1 + plan.tokens)
+        if (plan.stock or plan.fp8) and checkpoint.model_class != "SparseLlamaForCausalLM":
+            raise UserError(
+                "--stock and --fp8 run vLLM's own LLaMA class, but this checkpoint is no LLaMA. Leave them out."
+            )
         if plan.prefill is not None and plan.prefill >= checkpoint.context_length:
             raise UserError(
                 f"--prefill is {plan.prefill}, but the model's context of {checkpoint.context_length} tokens must hold one more."
@@ -205,8 +222,9 @@ def measure(checkpoint: Checkpoint, plan: Plan, synthetic: SyntheticModel | None
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     described = machine.describe(device)
+    tokens = {}
     with _engines(checkpoint, plan, synthetic, device) as engines:
-        return {
+        report: DecodeReport = {
             "machine": described,
             "model": _describe(checkpoint, synthetic),
             "dtype": checkpoint.engine_dtype(plan.dtype, float16=device.type == "cuda"),
@@ -214,7 +232,36 @@ def measure(checkpoint: Checkpoint, plan: Plan, synthetic: SyntheticModel | None
                 _measure_batch(engines, prompts["decode"][:batch], plan.tokens, plan.rounds) for batch in plan.batches
             ],
             "prefill": _measure_prefill(engines, prompts["prefill"][0], plan.rounds) if "prefill" in prompts else None,
+            "devices": plan.tensor_parallel_size,
+            "same_tokens_as_one_device": None,
         }
+        if plan.tensor_parallel_size > 1:
+            tokens = {name: _tokens(engines[name], prompts["decode"], plan.tokens) for name in ("dense", "auto")}
+    if tokens:
+        options = replace(_options(checkpoint, plan, synthetic), tensor_parallel_size=1)
+        with Engine(checkpoint, options) as alone:
+            alone.wait_ready()
+            expected = _tokens(alone, prompts["decode"], plan.tokens)
+        report["same_tokens_as_one_device"] = all(each == expected for each in tokens.values())
+    return report
+
+
+def _tokens(engine: Engine, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    return [generation.tokens for generation in engine.generate(prompts, 1 + tokens)[0]]
+
+
+def _options(checkpoint: Checkpoint, plan: Plan, synthetic: SyntheticModel | None) -> EngineOptions:
+    """What all variants have in common."""
+    return EngineOptions(
+        "auto",
+        dtype=plan.dtype,
+        eager=plan.eager,
+        max_num_seqs=max(plan.batches),
+        synthetic=synthetic,
+        max_model_len=max(PROMPT_TOKENS + plan.tokens, plan.prefill or 0) + 1,
+        kv_cache_bytes=_kv_cache_bytes(checkpoint, plan),
+        tensor_parallel_size=plan.tensor_parallel_size,
+    )
 
 
 def _describe(checkpoint: Checkpoint, synthetic: SyntheticModel | None) -> str:
@@ -230,28 +277,19 @@ def _engines(
     checkpoint: Checkpoint, plan: Plan, synthetic: SyntheticModel | None, device: torch.device
 ) -> Iterator[dict[str, Engine]]:
     """The variants' engines, all ready."""
-    variants = {"dense": EngineOptions("dense"), "auto": EngineOptions("auto")}
+    auto = _options(checkpoint, plan, synthetic)
+    variants = {"dense": replace(auto, ffn_path="dense"), "auto": auto}
     if plan.stock:
-        variants["stock"] = EngineOptions("dense", stock=True)
+        variants["stock"] = replace(variants["dense"], stock=True)
     if plan.fp8:
-        variants["fp8"] = EngineOptions("dense", stock=True, quantization="fp8")
+        variants["fp8"] = replace(variants["dense"], stock=True, quantization="fp8")
     on_cuda = device.type == "cuda"
-    context = max(PROMPT_TOKENS + plan.tokens, plan.prefill or 0) + 1
     if on_cuda:
         _measure_paths(checkpoint, plan)
     with contextlib.ExitStack() as stack:
         engines: dict[str, Engine] = {}
         for name, options in variants.items():
-            options = replace(
-                options,
-                dtype=plan.dtype,
-                eager=plan.eager,
-                max_num_seqs=max(plan.batches),
-                synthetic=synthetic,
-                max_model_len=context,
-                kv_cache_bytes=_kv_cache_bytes(checkpoint, plan),
-                gpu_share=0.9 / len(variants) if on_cuda else None,
-            )
+            options = replace(options, gpu_share=0.9 / len(variants) if on_cuda else None)
             engines[name] = stack.enter_context(Engine(checkpoint, options))
             if not on_cuda:
                 engines[name].wait_ready()
@@ -264,7 +302,8 @@ def _engines(
 def _measure_paths(checkpoint: Checkpoint, plan: Plan) -> None:
     """Have the table of limits in the cache before the engines, which start side by side on one GPU, ask for it."""
     dtype = getattr(torch, checkpoint.engine_dtype(plan.dtype, float16=True))
-    d_model, d_ff = checkpoint.config["hidden_size"], checkpoint.config["intermediate_size"]
+    d_model = checkpoint.config["hidden_size"]
+    d_ff = checkpoint.config["intermediate_size"] // plan.tensor_parallel_size
     paths.max_sparse_rows(dtype, d_model, d_ff, None, "cuda")
     torch.cuda.empty_cache()
 
@@ -356,7 +395,8 @@ def _totals(snapshot: SparsitySnapshot) -> dict[str, int]:
 def _print(report: DecodeReport) -> None:
     where = report["machine"]
     console = Console()
-    console.print(f"{report['model']}, {report['dtype']}, {where['name']}, {where['kernels']}")
+    devices = f"{report['devices']} x " if report["devices"] > 1 else ""
+    console.print(f"{report['model']}, {report['dtype']}, {devices}{where['name']}, {where['kernels']}")
     others = [name for name in ("stock", "fp8") if report["decode"][0][f"{name}_tok_s"] is not None]  # type: ignore[literal-required]
     table = Table(title="decode, milliseconds per step")
     for column in ("batch", "dense", "auto", "speed-up", *others, "density", "union", "sparse steps"):
@@ -379,3 +419,5 @@ def _print(report: DecodeReport) -> None:
     if prefill is not None:
         times = [f"{name} {prefill[f'{name}_ms']:.2f} ms" for name in ("dense", "auto", *others)]  # type: ignore[literal-required]
         console.print(f"prompt of {prefill['tokens']} tokens: {', '.join(times)}, speed-up {prefill['speedup']:.3f}")
+    if report["same_tokens_as_one_device"] is not None:
+        console.print(f"tokens {'as' if report['same_tokens_as_one_device'] else 'OTHER THAN'} on one device")

@@ -19,9 +19,9 @@ from sparse_backend.bench.environment import defaults_in_environment
 from sparse_backend.bench.recording import LayerRecount
 from sparse_backend.bench.synthetic_loader import load_arguments
 from sparse_backend.bench.synthetic_model import SyntheticModel
-from sparse_backend.checkpoint import MODEL_CLASS, Checkpoint
+from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
-from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
+from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot, merge
 
 # A benchmark's output is its table: what vLLM and torch say while they start would bury it.
 _QUIET = {
@@ -60,6 +60,8 @@ class EngineOptions:
     max_model_len: int | None = None
     """Longest sequence in tokens; None takes the checkpoint's."""
     kv_cache_bytes: int = 1 << 30
+    tensor_parallel_size: int = 1
+    """Devices that share each layer's neurons and heads."""
     gpu_share: float | None = None
     """Share of the GPU's memory that must be free for this engine when it starts; None takes vLLM's default."""
 
@@ -76,7 +78,12 @@ class Engine:
         self._connection, theirs = context.Pipe()
         dtype = checkpoint.engine_dtype(options.dtype, float16=torch.cuda.is_available())
         options = replace(options, dtype=dtype)
-        self._process = context.Process(target=_serve, args=(theirs, str(checkpoint.folder), options), daemon=True)
+        self._process = context.Process(
+            target=_serve,
+            args=(theirs, str(checkpoint.folder), checkpoint.model_class, options),
+            # A daemon may not start the processes that tensor parallelism takes. They end with the one that started them.
+            daemon=options.tensor_parallel_size == 1,
+        )
         self._ready = False
         # torch reads some of them on import, before any line of ours runs in the new process.
         with defaults_in_environment(_QUIET):
@@ -148,7 +155,7 @@ class Engine:
 class _EngineServer:
     """The other side: runs in the spawned process, owns the vLLM engine."""
 
-    def __init__(self, folder: str, options: EngineOptions) -> None:
+    def __init__(self, folder: str, model_class: str, options: EngineOptions) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         warnings.simplefilter("ignore")
         logging.getLogger("torch").setLevel(logging.ERROR)
@@ -164,7 +171,7 @@ class _EngineServer:
         overrides = (
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
             if options.stock
-            else {"architectures": [MODEL_CLASS]}
+            else {"architectures": [model_class]}
         )
         self._llm = LLM(
             model=folder,
@@ -173,6 +180,7 @@ class _EngineServer:
             hf_overrides=overrides,
             additional_config={"prosparse": settings},
             worker_extension_cls="sparse_backend.bench.recording.RecordingWorkerExtension",
+            tensor_parallel_size=options.tensor_parallel_size,
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.max_model_len,
             quantization=options.quantization,
@@ -209,7 +217,7 @@ class _EngineServer:
         return generations, seconds
 
     def snapshot(self) -> SparsitySnapshot:
-        return self._llm.collective_rpc("sparsity_snapshot")[0]
+        return merge(self._llm.collective_rpc("sparsity_snapshot"))
 
     def start_recording(self) -> None:
         self._llm.collective_rpc("start_recording")
@@ -234,19 +242,19 @@ def _last_line(error: Exception) -> str:
     return next((line for line in reversed(lines) if not line.startswith("For further information")), repr(error))
 
 
-def _serve(connection: Connection, folder: str, options: EngineOptions) -> None:
+def _serve(connection: Connection, folder: str, model_class: str, options: EngineOptions) -> None:
     # The other side may go away at any time, and then there is nobody left to tell anything.
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        _answer(connection, folder, options)
+        _answer(connection, folder, model_class, options)
     # torch complains at exit about groups that are still there.
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def _answer(connection: Connection, folder: str, options: EngineOptions) -> None:
+def _answer(connection: Connection, folder: str, model_class: str, options: EngineOptions) -> None:
     """Say that the engine is ready, or why not; then answer calls until the other side hangs up, which raises."""
     try:
-        server = _EngineServer(folder, options)
+        server = _EngineServer(folder, model_class, options)
     except Exception as error:
         connection.send((False, _refusal(error)))
         return

@@ -4,14 +4,15 @@ import torch
 from vllm import ModelRegistry
 
 from sparse_backend import hf_configs
-from sparse_backend.checkpoint import MODEL_CLASS
+from sparse_backend.families import MODEL_CLASSES
 
 
 def register() -> None:
     """Make our configs and model classes known to vLLM. Idempotent: vLLM calls it in the API, engine and worker processes."""
     hf_configs.register()
     # The string form keeps this process from importing model code (and CUDA) that only the worker needs.
-    ModelRegistry.register_model(MODEL_CLASS, f"sparse_backend.vllm_plugin.models.llama:{MODEL_CLASS}")
+    for name in MODEL_CLASSES:
+        ModelRegistry.register_model(name, f"sparse_backend.vllm_plugin.models:{name}")
     _allow_amx_tiles()
 
 

@@ -26,8 +26,12 @@ class LayerSnapshot(TypedDict):
     """Index of the layer in the model, as text ("0", "1", …)."""
     d_ff: int
     """Neurons of the layer."""
+    neuron_bytes: int
+    """Bytes of one neuron's row in one of the matrices gate, up and down: d_model elements of the engine's dtype."""
     max_sparse_rows: int
     """Steps of at most this many rows take the sparse path."""
+    dense_reason: str
+    """Why the layer is computed densely by vLLM's own linear layers: "lora" or "quantization"; "" where it is not."""
     paths: dict[Path, PathCounts]
 
 

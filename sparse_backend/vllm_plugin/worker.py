@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparse_backend.ffn.counters import ACTIVE, ROWS, STEPS, UNION
+from sparse_backend.ffn.counters import ACTIVE, ROWS, STEPS, UNION, VIEWS
 from sparse_backend.vllm_plugin.counter_copy import CounterCopy
 from sparse_backend.vllm_plugin.ffn_path import kernel_record
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
@@ -43,16 +43,22 @@ class SparsityWorkerExtension:
         """Set all counters to zero. Called once the engine is ready, so that warm-up rows are not counted."""
         for mlp in self._sparse_mlps():
             mlp.counters.zero_()
+        if hasattr(model := self.model_runner.get_model(), "reset_row_counts"):
+            model.reset_row_counts()
 
     def _copy_counters(self) -> CounterCopy:
         return CounterCopy([mlp.counters for mlp in self._sparse_mlps()])
 
     def _snapshot(self, copy: CounterCopy) -> SparsitySnapshot:
         model = self.model_runner.model_config
-        layers = zip(self._sparse_mlps(), copy.wait(), strict=True)
+        layers = list(zip(self._sparse_mlps(), copy.wait(), strict=True))
+        for mlp, counts in layers:
+            if mlp.drelu:
+                mlp.put_sparser_view_first(counts[VIEWS])
+        d_model = model.hf_config.hidden_size
         return {
-            "kernel": kernel_record(self.device.type, model.dtype, model.hf_config.hidden_size),
-            "layers": [_layer_snapshot(mlp, counts) for mlp, counts in layers],
+            "kernel": kernel_record(self.device.type, model.dtype, d_model),
+            "layers": [_layer_snapshot(mlp, d_model * model.dtype.itemsize, counts) for mlp, counts in layers],
         }
 
 
@@ -69,10 +75,12 @@ def path_counts(counts: list[list[int]]) -> dict[Path, PathCounts]:
     }
 
 
-def _layer_snapshot(mlp: SparseGatedMLP, counts: list[list[int]]) -> LayerSnapshot:
+def _layer_snapshot(mlp: SparseGatedMLP, neuron_bytes: int, counts: list[list[int]]) -> LayerSnapshot:
     return {
         "layer": str(mlp.layer_index),
         "d_ff": mlp.d_ff,
+        "neuron_bytes": neuron_bytes,
         "max_sparse_rows": mlp.max_sparse_rows,
+        "dense_reason": mlp.dense_reason,
         "paths": path_counts(counts),
     }

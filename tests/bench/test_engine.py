@@ -30,7 +30,7 @@ class Server:
     may_start = threading.Event()
     failure: Exception | None = None
 
-    def __init__(self, _folder: str, options: EngineOptions) -> None:
+    def __init__(self, _folder: str, _model_class: str, options: EngineOptions) -> None:
         Server.asked = options
         Server.may_start.wait()
         if Server.failure:
@@ -46,7 +46,9 @@ class Server:
 class Process(threading.Thread):
     """Stands in for the process; has its own end of the pipe, as that would."""
 
-    def __init__(self, target: Callable[..., None], args: tuple[Connection, str, EngineOptions], daemon: bool) -> None:
+    def __init__(
+        self, target: Callable[..., None], args: tuple[Connection, str, str, EngineOptions], daemon: bool
+    ) -> None:
         self.connection = Connection(os.dup(args[0].fileno()))
         super().__init__(target=target, args=(self.connection, *args[1:]), daemon=daemon)
         self.killed = False

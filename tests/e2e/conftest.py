@@ -31,3 +31,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
+
+
+KEYS = {"alice": "alice-secret", "bob": "bob-secret"}
+FLAGS = ("--max-running", "256", "--restart-timeout", "10", "--max-restarts", "100")
+VLLM_FLAGS = ("--enforce-eager", "--max-num-seqs", "256", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo checkpoint behind keys, for tests that attack it; it calls itself alice."""
+    folder = tmp_path_factory.mktemp("guarded")
+    keys = folder / "keys"
+    keys.write_text("".join(f"{name} {key}\n" for name, key in KEYS.items()))
+    server = Server(DEMO, folder / "log", "--api-key-file", str(keys), *FLAGS, "--", *VLLM_FLAGS, key=KEYS["alice"])
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.close()

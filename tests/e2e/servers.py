@@ -6,9 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 PROSPARSE = Path(sys.executable).with_name("prosparse")
 
@@ -24,18 +26,20 @@ def free_port() -> int:
 
 
 class Server:
-    """One running server; its output goes to ``log``."""
+    """One running server; its messages go to ``log``, its lines on requests to ``requests_log`` beside it."""
 
-    def __init__(self, model: Path, log: Path, *flags: str) -> None:
+    def __init__(self, model: Path, log: Path, *flags: str, key: str | None = None) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
+        self.requests_log = log.with_name("requests.jsonl")
         # One client for all: making one takes longer than most requests.
-        self._client = httpx.Client(base_url=self.url, timeout=30)
+        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._client = httpx.Client(base_url=self.url, timeout=30, headers=self.headers)
         command = [str(PROSPARSE), "serve", str(model), "--port", str(self.port), *flags]
-        with log.open("wb") as output:
+        with log.open("wb") as messages, self.requests_log.open("wb") as requests:
             # A session of its own, so that a test can signal the whole group as a terminal does.
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=requests, stderr=messages, start_new_session=True)
 
     def get(self, path: str) -> httpx.Response:
         """GET one path."""
@@ -48,6 +52,37 @@ class Server:
     def post_raw(self, path: str, body: bytes, content_type: str) -> httpx.Response:
         """POST any bytes to one path."""
         return self._client.post(path, content=body, headers={"Content-Type": content_type})
+
+    def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """{(name, labels): value} of one scrape."""
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels among theirs; 0 if there are none."""
+        return sum(
+            value
+            for (found, pairs), value in self.metrics().items()
+            if found == name and labels.items() <= dict(pairs).items()
+        )
+
+    def wait_until(self, condition: Callable[[], bool], limit: float, what: str) -> float:
+        """Seconds until the condition holds."""
+        began = time.monotonic()
+        while not condition():
+            if time.monotonic() - began > limit:
+                raise AssertionError(f"not {what} within {limit} s:\n{self.log.read_text()}")
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def shared_memory(self) -> set[Path]:
+        """What there is under /dev/shm that one of the server's processes has mapped."""
+        return {path for pid in self.processes() for path in _mapped(pid) if path.exists()}
+
+    def engine_process(self, role: str) -> int:
+        """The process of the engine that calls itself ``role``: EngineCore or Worker."""
+        (pid,) = (pid for pid in self.processes() if f"VLLM::{role}".startswith(_name(pid)) and "::" in _name(pid))
+        return pid
 
     def wait_listening(self) -> None:
         """Until the server answers at all."""
@@ -92,3 +127,19 @@ class Server:
                 if session == self.process.pid and state != "Z":
                     alive.append(int(entry.name))
         return alive
+
+
+def _name(pid: int) -> str:
+    """A process's name, of which the kernel keeps 15 bytes."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _mapped(pid: int) -> set[Path]:
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+    return {Path(fields[5]) for line in lines if len(fields := line.split(maxsplit=5)) == 6 and "/dev/shm/" in line}

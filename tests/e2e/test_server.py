@@ -7,7 +7,6 @@ import threading
 
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from sparse_backend.checkpoint import Checkpoint
 from tests.e2e.conftest import DEMO
@@ -22,12 +21,6 @@ SCHEMA = {
     "required": ["kind", "lines"],
     "additionalProperties": False,
 }
-
-
-def metrics(server) -> dict:
-    """{(name, labels as a frozen set of pairs): value} of one scrape."""
-    families = text_string_to_metric_families(server.get("/metrics").text)
-    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
 
 def by_layer(shown: dict, name: str) -> dict[str, float]:
@@ -205,7 +198,7 @@ def test_a_bad_schema_fails_its_own_request_only(client):
 def test_metrics_show_the_sparsity_of_what_is_generated(server, client):
     checkpoint = Checkpoint.open(DEMO)
     layers = {str(index) for index in range(checkpoint.n_layers)}
-    before = metrics(server)
+    before = server.metrics()
     stop = threading.Event()
 
     def generate() -> None:
@@ -218,7 +211,7 @@ def test_metrics_show_the_sparsity_of_what_is_generated(server, client):
         scrapes = []
         while len(scrapes) < 3:
             stop.wait(1.5)
-            scrapes.append(metrics(server))
+            scrapes.append(server.metrics())
     finally:
         stop.set()
         load.join(60)
@@ -233,7 +226,7 @@ def test_metrics_show_the_sparsity_of_what_is_generated(server, client):
     rows = ("sparse_ffn_rows_total", frozenset({"layer": "0", "path": "sparse"}.items()))
     assert scrapes[-1][rows] > before[rows]
     assert by_layer(scrapes[-1], "sparse_ffn_neurons") == dict.fromkeys(layers, checkpoint.config["intermediate_size"])
-    assert set(by_layer(scrapes[-1], "sparse_checkpoint_density")) == layers
+    assert set(by_layer(scrapes[-1], "sparse_ffn_expected_density")) == layers
     names = {name for name, _ in scrapes[-1]}
     assert {"sparse_kernel_info", "vllm:generation_tokens_total", "vllm:time_to_first_token_seconds_count"} <= names
     assert scrapes[-1]["sparse_snapshot_failures_total", frozenset()] == 0

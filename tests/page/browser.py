@@ -22,7 +22,7 @@ DESKTOP = ViewportSize(width=1280, height=960)
 PHONE = ViewportSize(width=390, height=844)
 
 # Milliseconds that anything on the page may take on a busy machine.
-LIMIT = 60_000
+LIMIT = 30_000
 expect.set_options(timeout=LIMIT)
 
 READY = "#send:enabled"

@@ -12,8 +12,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter
 
-from server.app import api_app, operations_app, operations_routers, with_keys
+from server.admission import Admission
+from server.app import api_app, operations_app, operations_routers, outer_chain
+from server.auth import KeyRing
+from server.batching import BatchingTelemetry
 from server.health import FrontDoor, Health
+from server.metrics import ServerMetrics
+from server.settings import Settings
 from server.telemetry import SparsityTelemetry
 from sparse_backend.vllm_plugin.snapshot import LayerSnapshot, SparsitySnapshot
 from tests.e2e.servers import free_port
@@ -37,7 +42,9 @@ class ScriptedServer:
         self._vllm = CollectorRegistry()
         self._tokens = Counter("vllm:generation_tokens", "Tokens.", registry=self._vllm)
         telemetry = SparsityTelemetry([0.17, 0.05, 0.06, 0.10])
-        self.health = Health(telemetry.unanswered)
+        self._settings = Settings.load({"model": "scripted", "request_log": "off"})
+        self.health = Health(self._settings.stall_timeout)
+        self._metrics = ServerMetrics(self.health, Admission(self._settings))
         routers = operations_routers(self.health, telemetry, [lambda: self._vllm])
         self._telemetry = telemetry
         self._door = FrontDoor(self.health, operations_app(routers))
@@ -73,8 +80,14 @@ class ScriptedServer:
 
     died = False
 
+    def stalled(self) -> float:
+        """What ``server.health.Engine`` asks for."""
+        return 0.0
+
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
-        await with_keys(self._door, self.keys)(scope, receive, send)
+        keys = KeyRing(self.keys)
+        chain = outer_chain(self._door, self._settings, keys, self._metrics, BatchingTelemetry("fcfs"), print)
+        await chain(scope, receive, send)
 
     def _api(self, routers: Any) -> FastAPI:
         app = api_app(routers)
@@ -121,6 +134,7 @@ class ScriptedServer:
         return {
             "layer": str(index),
             "d_ff": D_FF,
+            "neuron_bytes": 512,
             "max_sparse_rows": 8,
             "paths": {"sparse": sparse, "dense": dense},  # type: ignore[typeddict-item]
         }

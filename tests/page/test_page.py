@@ -166,6 +166,14 @@ def test_a_server_that_loads_says_so_and_becomes_usable(page, server):
     expect(page.locator("#status")).to_have_text("Ready")
 
 
+def test_without_metrics_prompts_are_still_answered(page, server):
+    page.route("**/metrics", lambda route: route.fulfill(status=404, json={"error": {"message": "Nothing here."}}))
+    open_ready(page, server)
+    expect(page.locator("#heat-empty")).to_have_text("This server does not show its metrics (metrics_access).")
+    page.click("#send")
+    expect(page.locator("#outcome")).to_contain_text("12 tokens")
+
+
 def test_an_error_in_the_stream_is_shown_and_the_next_prompt_works(page, server):
     open_ready(page, server)
     server.failure = {"message": "The engine stopped working.", "code": 503}

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     from vllm import LLM, SamplingParams
 
-    from sparse_backend.checkpoint import MODEL_CLASS
+    from sparse_backend.checkpoint import Checkpoint
 
     folder, blocks, dtype = sys.argv[1:]
     prompts = json.loads(Path(blocks).read_text())
@@ -22,7 +22,7 @@ if __name__ == "__main__":
         model=folder,
         dtype=dtype,
         enforce_eager=True,
-        hf_overrides={"architectures": [MODEL_CLASS]},
+        hf_overrides={"architectures": [Checkpoint.open(folder).model_class]},
         worker_extension_cls="sparse_backend.vllm_plugin.worker.SparsityWorkerExtension",
         max_model_len=len(prompts[0]) + 1,
         max_num_seqs=8,

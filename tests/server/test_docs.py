@@ -1,16 +1,11 @@
-"""docs/serving.md names what there is, no more and no less."""
+"""docs/serving.md names the settings there are, no more and no less."""
 
 import re
 from pathlib import Path
 
 from server.settings import Settings
-from server.telemetry import SparsityTelemetry
-from tests.server.test_telemetry import snapshot
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
-
-# What the sample of a family is called, where it is not called like the family.
-SUFFIXES = {"counter": "_total", "info": "_info"}
 
 
 def first_column(heading: str) -> list[str]:
@@ -22,13 +17,3 @@ def first_column(heading: str) -> list[str]:
 
 def test_the_settings_table_lists_the_settings():
     assert sorted(first_column("Settings")) == sorted(Settings.model_fields)
-
-
-async def test_the_metric_table_lists_the_metrics():
-    async def ask():
-        return snapshot(1, 1, 1, 1)
-
-    telemetry = SparsityTelemetry()
-    await telemetry.start(ask)
-    shown = [family.name + SUFFIXES.get(family.type, "") for family in telemetry.collect()]
-    assert sorted(first_column("Metrics")) == sorted(shown)

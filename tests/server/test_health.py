@@ -5,26 +5,29 @@ import pytest
 from fastapi import FastAPI
 
 from server.app import operations_app
-from server.health import RETRY_AFTER, UNANSWERED_LIMIT, FrontDoor, Health, Phase, probe_router
+from server.errors import RETRY_AFTER
+from server.health import FrontDoor, Health, Phase, probe_router
+
+LIMIT = 8.0
 
 
 class Engine:
     died = False
+    seconds = 0.0
+
+    def stalled(self) -> float:
+        return self.seconds
 
 
 class World:
     """A front door with a slow API behind it and an engine that can be made to fail."""
 
     def __init__(self) -> None:
-        self.unanswered = 0.0
         self.engine = Engine()
         self.entered, self.release = asyncio.Event(), asyncio.Event()
-        self.health = Health(self.ask)
+        self.health = Health(LIMIT)
         self.door = FrontDoor(self.health, operations_app([probe_router(self.health)]))
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(self.door), base_url="http://server")
-
-    async def ask(self) -> float:
-        return self.unanswered
 
     def open(self) -> None:
         api = FastAPI()
@@ -82,11 +85,23 @@ async def test_a_dead_engine_turns_readiness_at_once(world):
     assert await world.statuses("/livez", "/readyz", "/quick") == [200, 503, 503]
 
 
-@pytest.mark.parametrize(("seconds", "status"), [(0, 200), (UNANSWERED_LIMIT, 200), (UNANSWERED_LIMIT + 1, 503)])
-async def test_an_engine_that_does_not_answer_is_not_ready(world, seconds, status):
+@pytest.mark.parametrize(("seconds", "status"), [(0, 200), (LIMIT, 200), (LIMIT + 1, 503)])
+async def test_an_engine_that_makes_no_progress_is_not_ready_and_given_nothing(world, seconds, status):
     world.open()
-    world.unanswered = seconds
-    assert await world.statuses("/livez", "/readyz") == [200, status]
+    world.engine.seconds = seconds
+    assert await world.statuses("/livez", "/readyz", "/quick") == [200, status, status]
+    assert world.health.stalled_seconds == seconds
+
+
+async def test_while_a_new_engine_is_started_requests_are_refused(world):
+    world.open()
+    world.health.restarting()
+    world.door.api = None
+    assert await world.statuses("/livez", "/readyz", "/quick") == [200, 503, 503]
+    assert "started anew" in (await world.client.get("/readyz")).json()["reason"]
+    assert world.health.stalled_seconds == 0
+    world.open()
+    assert await world.statuses("/readyz", "/quick") == [200, 200]
 
 
 async def test_draining_refuses_new_requests_and_waits_for_running_ones(world):

@@ -23,7 +23,7 @@ POLICY = {
 
 
 async def get(path: str) -> httpx.Response:
-    async with build(["k"]) as client:
+    async with build("k") as client:
         return await client.get(path)
 
 

@@ -7,7 +7,7 @@ import torch
 from vllm.forward_context import ForwardContext, override_forward_context
 
 from sparse_backend.ffn import counters, sparse_gated_ffn
-from sparse_backend.ffn.counters import DENSE, ROWS, SPARSE, STEPS
+from sparse_backend.ffn.counters import ACTIVE, DENSE, ROWS, SPARSE, STEPS
 from sparse_backend.vllm_plugin import padding
 from sparse_backend.vllm_plugin.padding import sparse_gated_ffn_of_real_rows
 
@@ -88,6 +88,29 @@ def test_compiled_code_reads_the_marks_of_each_step(layer):
     assert counted[:, STEPS].sum() == 2
 
 
+def test_compiled_layers_share_the_counts_of_rows(layer):
+    x, *weights = layer
+    layers = [counters.new_counters() for _ in range(3)]
+    row_active, expected = (torch.zeros(ROWS_OF_STEP, dtype=torch.int32) for _ in range(2))
+
+    @torch.compile(fullgraph=True)
+    def compiled(x):
+        for counted in layers:
+            x = x + sparse_gated_ffn_of_real_rows(x, *weights, counted, 4, row_active)
+        return x
+
+    for real_rows in (2, 5):
+        with context(mask(real_rows)):
+            compiled(x)
+            y = x
+            for _ in layers:
+                y = y + sparse_gated_ffn_of_real_rows(y, *weights, counters.new_counters(), 4, expected)
+    assert expected[:2].all()
+    assert not expected[5:].any()
+    assert row_active.tolist() == expected.tolist()
+    assert sum(counted[:, ACTIVE].sum() for counted in layers) == expected.sum()
+
+
 def test_both_paths_are_reached(layer):
     counted = counters.new_counters()
     with context(mask(3)):
@@ -100,5 +123,6 @@ def test_both_paths_are_reached(layer):
 def test_opcheck(layer):
     with context(mask(4)):
         torch.library.opcheck(
-            torch.ops.prosparse.sparse_gated_ffn_of_real_rows.default, (*layer, counters.new_counters(), 4)
+            torch.ops.prosparse.sparse_gated_ffn_of_real_rows.default,
+            (*layer, counters.new_counters(), 4, torch.zeros(8, dtype=torch.int32)),
         )

@@ -7,7 +7,9 @@ def layer(index: int, active: int, union: int, rows: int = 10, steps: int = 2) -
     return {
         "layer": str(index),
         "d_ff": 64,
+        "neuron_bytes": 32,
         "max_sparse_rows": 4,
+        "dense_reason": "",
         "paths": {
             "sparse": {"rows": rows, "active": active, "union": union, "steps": steps},
             "dense": {"rows": 0, "active": 0, "union": 0, "steps": 0},
@@ -23,6 +25,7 @@ def test_tensor_parallel_ranks_add_up_neurons_but_not_rows() -> None:
     ranks = [snapshot(layer(0, active=30, union=12)), snapshot(layer(0, active=50, union=20))]
     (whole,) = merge(ranks)["layers"]
     assert whole["d_ff"] == 128
+    assert whole["neuron_bytes"] == 32, "a rank has fewer neurons, not narrower ones"
     assert whole["paths"]["sparse"] == {"rows": 10, "active": 80, "union": 32, "steps": 2}
 
 

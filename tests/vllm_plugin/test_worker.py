@@ -14,7 +14,14 @@ D_FF = 64
 
 def mlp(index: int):
     counts = torch.arange(8).reshape(2, 4) + 10 * index
-    return SimpleNamespace(layer_index=index, d_ff=D_FF, max_sparse_rows=4, counters=counts)
+    return SimpleNamespace(
+        layer_index=index,
+        d_ff=D_FF,
+        max_sparse_rows=4,
+        counters=counts,
+        drelu=False,
+        dense_reason="",
+    )
 
 
 class Worker(SparsityWorkerExtension):
@@ -49,7 +56,7 @@ def device(monkeypatch):
 
 def test_a_snapshot_names_every_count_of_every_layer():
     (first, second) = Worker().sparsity_snapshot()["layers"]
-    assert (first["layer"], first["d_ff"], first["max_sparse_rows"]) == ("0", D_FF, 4)
+    assert [first[key] for key in ("layer", "d_ff", "neuron_bytes", "max_sparse_rows")] == ["0", D_FF, 32, 4]
     assert first["paths"] == {
         "sparse": {"rows": 0, "active": 1, "union": 2, "steps": 3},
         "dense": {"rows": 4, "active": 5, "union": 6, "steps": 7},

@@ -3,16 +3,17 @@
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from sparse_backend.activation import Activation
 from sparse_backend.vllm_plugin import padding
-from sparse_backend.vllm_plugin.ffn_path import max_sparse_rows_per_layer
+from sparse_backend.vllm_plugin.ffn_path import layer_table, max_sparse_rows_per_layer, plugin_settings
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
 from sparse_backend.vllm_plugin.norm import norm_class
+from sparse_backend.vllm_plugin.row_counts import RowCountsWriter, file_of, most_rows
 
 
 class SparseLlamaDecoderLayer(nn.Module):
@@ -91,9 +92,48 @@ class SparseLlamaForCausalLM(LlamaForCausalLM):
         if not current_platform.is_cpu():
             padding.check_mask()
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=SparseLlamaDecoderLayer)
+        self._row_counts: RowCountsWriter | None = None
+        if plugin_settings(vllm_config).count_rows:
+            self._count_rows(vllm_config)
 
     def process_weights_after_loading(self) -> None:
         """Called by vLLM when all weights are in place."""
         for layer in self.model.layers:
             if isinstance(layer, SparseLlamaDecoderLayer):
                 layer.mlp.make_neuron_major()
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """As vLLM's; called once a step behind the layers and outside their graphs, it also passes the rows' counts on."""
+        if self._row_counts is not None:
+            self._row_counts.publish()
+        return super().compute_logits(hidden_states)
+
+    def compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What vLLM calls instead where ranks share the sampling out."""
+        if self._row_counts is not None:
+            self._row_counts.publish()
+        return super().compute_logits_local(hidden_states)
+
+    def reset_row_counts(self) -> None:
+        """Forget the rows counted so far, once the layers' counters are zero."""
+        if self._row_counts is not None:
+            self._row_counts.reset()
+
+    def _count_rows(self, vllm_config: VllmConfig) -> None:
+        mlps = [layer.mlp for layer in self.model.layers if isinstance(layer, SparseLlamaDecoderLayer)]
+        row_active = torch.zeros(most_rows(vllm_config), dtype=torch.int32, device=mlps[0].counters.device)
+        for mlp in mlps:
+            mlp.count_rows(row_active)
+        if get_tensor_model_parallel_rank() == 0 and get_pp_group().is_last_rank:
+            table = layer_table(vllm_config)
+            self._row_counts = RowCountsWriter(
+                file_of(vllm_config),
+                mlps[0].counters,
+                row_active,
+                {
+                    "neurons": sum(mlp.d_ff for mlp in mlps),
+                    "max_sparse_rows": [mlp.max_sparse_rows for mlp in mlps],
+                    "sparse_us": list(table.sparse),
+                    "dense_us": list(table.dense),
+                },
+            )

@@ -98,32 +98,6 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
-// Blocks of a cluster reach into each other's shared memory, from 9.0 on; launched for no other card. The address of what lies at
-// `pointer` in this block, but in the block of that rank.
-__device__ __forceinline__ uint32_t address_in(unsigned rank, const void* pointer) {
-  uint32_t address = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
-#endif
-  return address;
-}
-__device__ __forceinline__ void store_in_cluster(uint32_t address, uint32_t value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-#endif
-}
-__device__ __forceinline__ void add_in_cluster(uint32_t address, uint32_t value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-#endif
-}
-// As __syncthreads, for all threads of the cluster.
-__device__ __forceinline__ void sync_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
 // To and from threads of other blocks, which see each value by itself, in no order with others.
 __device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");

@@ -6,9 +6,6 @@
 // while the current one is multiplied, so that reading never stops. What a neuron's values are does not depend on when and in
 // which slot they are computed, and they are kept by the neuron's place in its gate pass: the output is deterministic.
 //
-// x of more rows than a block has room for is shared by the blocks of a cluster, each with its part of d_model. They work in the same
-// passes; what one block alone does, the first of them does, with the partial sums that the others hand to it.
-//
 // Every warp keeps a ring of stages in shared memory, most of them on their way: a stage is one memory line of each of the pass's
 // 16 weight rows. x stays in registers where it fits: read again for every pass, it would be the larger part of what a
 // multiprocessor reads from shared memory.
@@ -34,7 +31,7 @@ constexpr uint32_t kDone = 1u << 31;  // in a mask
 
 static_assert(kGateUpWarps == kPassRows);
 
-// The neurons are dealt out in passes of nearly one size: to every block (or cluster, where blocks share x) in turn.
+// The neurons are dealt out in passes of nearly one size: to every block in turn.
 struct Passes {
   int blocks;
   int per_block;
@@ -55,6 +52,7 @@ struct GateUpArguments {
   const void* gate_up;  // [2 d_ff, d_model]
   const bool* is_padding;
   int64_t* counters;
+  int32_t* row_active;  // [rows], or null
   float* gates;  // [rows, d_ff] to write gate values and nothing else, or null
   Passes passes;
   int rows;
@@ -75,14 +73,12 @@ __host__ __device__ inline int x_stride_bytes(int d_model) { return line_count(d
 
 // kLines: memory lines per warp and weight row, x being kept in registers; 0: any number of them, x in shared memory.
 // kAhead: stages of a warp on their way while one is multiplied, not more than it has lines. kRowTiles: rows of x in units of 8.
-// kSplit: blocks that share x, as a cluster.
-template <typename T, int kLines, int kRowTiles, int kAhead, int kSplit = 1>
+template <typename T, int kLines, int kRowTiles, int kAhead>
 __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUpArguments arguments) {
   static_assert(kLines == 0 || kAhead <= kLines);
-  static_assert(kSplit == 1 || (kSplit == 2 && kLines > 0));
   constexpr int kStages = kAhead + 1;
   constexpr int kColumns = 8 * kRowTiles;
-  constexpr unsigned kColumnLanes = kColumns == kWarp ? kAllLanes : (1u << kColumns % kWarp) - 1;
+  constexpr unsigned kColumnLanes = (1u << kColumns) - 1;
   constexpr int kPartialStride = kPassRows * kColumns + 2;  // + 2: no bank conflicts when partial sums are added up
   constexpr int kParts = kWarp / kColumns;
 
@@ -93,8 +89,7 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
   __shared__ bool queue_is_last[kQueue];  // of its gate pass, with dReLU
   __shared__ int queue_tail;
   __shared__ uint32_t wanted;  // of the gate pass that has just been computed
-  __shared__ int counted_active, counted_union;
-  __shared__ float second_sums[kSplit > 1 ? kPassRows : 1][kColumns];  // in a cluster's first block: those of the other one
+  __shared__ int counted_active[kColumns], counted_union;  // active by row
 
   struct Pass {
     int first;  // neuron, or number in the queue
@@ -105,17 +100,6 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
   const int rows = arguments.rows, d_model = arguments.d_model, d_ff = arguments.d_ff;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int g = lane / 4, t = lane % 4;
-  const int block = blockIdx.x / kSplit;
-  const unsigned rank = blockIdx.x % kSplit;
-  const bool is_first = kSplit == 1 || rank == 0;
-  const auto line_of_row = [&](int line) { return (warp + kGateUpWarps * line) * kSplit + static_cast<int>(rank); };
-  const auto sync_all = [] {
-    if constexpr (kSplit > 1) {
-      sync_cluster();
-    } else {
-      __syncthreads();
-    }
-  };
   const int lines = kLines > 0 ? kLines : (line_count(d_model) + kGateUpWarps - 1) / kGateUpWarps;
   const int row_chunks = d_model / kChunk;
 
@@ -125,7 +109,7 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
   const bool drelu = arguments.drelu;
   int gate_passes_begun = 0, queue_head = 0;
   const auto next_gate_pass = [&]() -> Pass {
-    const int pass = gate_passes_begun++ * passes.blocks + block, first = passes.first_neuron(pass);
+    const int pass = gate_passes_begun++ * passes.blocks + blockIdx.x, first = passes.first_neuron(pass);
     return {first, passes.first_neuron(pass + 1) - first, false};
   };
   // The queue only grows between the two barriers at the end of a gate pass.
@@ -164,7 +148,7 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
   const uint32_t ring = shared_address(shared + warp * kStages * kStageBytes);
   int next_stage = 0;  // to be requested
   const auto request = [&](const Rows& from, int line) {
-    const int chunk = line_of_row(line) * (kLine / kChunk) + copied_chunk;
+    const int chunk = (warp + kGateUpWarps * line) * (kLine / kChunk) + copied_chunk;
     const uint32_t stage = ring + next_stage * kStageBytes;
     next_stage = next_stage == kStages - 1 ? 0 : next_stage + 1;
 #pragma unroll
@@ -199,7 +183,7 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
 #pragma unroll
         for (int tile = 0; tile < kRowTiles; ++tile)
           x_registers[line][half][tile] =
-              x_chunk(g + 8 * tile, line_of_row(line) * kLine + half * (kLine / 2) + t * kChunk);
+              x_chunk(g + 8 * tile, (warp + kGateUpWarps * line) * kLine + half * (kLine / 2) + t * kChunk);
   } else {
     for (int row = 0; row < rows; ++row)
       for (int i = threadIdx.x; i < line_count(d_model) * (kLine / kChunk); i += kGateUpThreads)
@@ -212,15 +196,16 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
     return row < rows && at < x_stride - kLineBytes / 2 ? *reinterpret_cast<const Chunk*>(x_shared + row * x_stride + at) : Chunk{};
   };
   // What the second kernel waits for.
-  if (warp == 0 && is_first && !arguments.gates) {
-    for (int pass = lane; pass < gate_passes; pass += kWarp) arguments.masks[block * gate_passes + pass] = 0;
+  if (warp == 0 && !arguments.gates) {
+    for (int pass = lane; pass < gate_passes; pass += kWarp) arguments.masks[blockIdx.x * gate_passes + pass] = 0;
     const int h_chunks = gate_passes * kPassRows * kRowTiles;
     for (int i = lane; i < h_chunks; i += kWarp)
-      static_cast<Chunk*>(arguments.h)[block * h_chunks + i] = {kMissing, kMissing, kMissing, kMissing};
+      static_cast<Chunk*>(arguments.h)[blockIdx.x * h_chunks + i] = {kMissing, kMissing, kMissing, kMissing};
   }
-  if (threadIdx.x == 0) queue_tail = 0, wanted = 0, counted_active = counted_union = 0;
+  if (threadIdx.x == 0) queue_tail = 0, wanted = 0, counted_union = 0;
+  if (threadIdx.x < kColumns) counted_active[threadIdx.x] = 0;
   if (threadIdx.x < kQueue) queue_is_last[threadIdx.x] = false;
-  sync_all();
+  __syncthreads();
   int gate_passes_ended = 0;
   const int column = lane % kColumns;
   const bool real = column < rows && !(arguments.is_padding && arguments.is_padding[column]);
@@ -269,55 +254,47 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
       value += partial[(lane / kColumns * (kGateUpWarps / kParts) + i) * kPartialStride + warp * kColumns + column];
 #pragma unroll
     for (int offset = kColumns; offset < kWarp; offset *= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
-    if constexpr (kSplit > 1) {
-      if (!is_first) store_in_cluster(address_in(0, &second_sums[warp][column]), __float_as_uint(value));
-      sync_cluster();
-      if (is_first) value += second_sums[warp][column];
-    }
 
     if (current.up) {
       // where(active, gate, 0) * up, so that an infinite up value shows as in the dense layer; padding has no output.
       const int number = (current.first + warp) % kQueue;
       bool has_h = real;
       if (drelu) {
-        has_h = inside && is_first && real && queue_gate[number][column] != 0 && !(value <= arguments.threshold);
+        has_h = inside && real && queue_gate[number][column] != 0 && !(value <= arguments.threshold);
         const unsigned rows_active = __ballot_sync(kAllLanes, has_h) & kColumnLanes;
         if (lane == 0 && rows_active) {
           const int place = queue_place[number];
-          atomicOr(arguments.masks + block * gate_passes + place / kPassRows, 1u << place % kPassRows);
-          atomicAdd(&counted_active, __popc(rows_active)), atomicAdd(&counted_union, 1);
+          atomicOr(arguments.masks + blockIdx.x * gate_passes + place / kPassRows, 1u << place % kPassRows);
+          atomicAdd(&counted_union, 1);
         }
+        if (has_h && lane < kColumns) atomicAdd(counted_active + lane, 1);
       }
-      if (inside && is_first && lane < kColumns)
-        store_relaxed(static_cast<T*>(arguments.h) + (block * gate_passes * kPassRows + queue_place[number]) * kColumns + lane,
+      if (inside && lane < kColumns)
+        store_relaxed(static_cast<T*>(arguments.h) + (blockIdx.x * gate_passes * kPassRows + queue_place[number]) * kColumns + lane,
                       from_float<T>(has_h ? queue_gate[number][lane] * value : 0.0f));
     } else {
-      const bool active = inside && is_first && real && !(value <= arguments.threshold);
+      const bool active = inside && real && !(value <= arguments.threshold);
       const unsigned rows_active = __ballot_sync(kAllLanes, active) & kColumnLanes;
       // A gate of -inf comes from an infinite x: its up value is no number that the dense layer would ignore, but for dReLU.
-      const bool has_h = __any_sync(kAllLanes, active || (inside && is_first && real && value == -INFINITY && !drelu));
+      const bool has_h = __any_sync(kAllLanes, active || (inside && real && value == -INFINITY && !drelu));
       if (arguments.gates) {
-        if (inside && is_first && lane < rows) arguments.gates[static_cast<int64_t>(lane) * d_ff + current.first + warp] = value;
+        if (inside && lane < rows) arguments.gates[static_cast<int64_t>(lane) * d_ff + current.first + warp] = value;
       } else if (has_h) {
         int number = 0;
         if (lane == 0) {
           number = atomicAdd(&queue_tail, 1) % kQueue;
           queue_neuron[number] = current.first + warp;
           queue_place[number] = gate_passes_ended * kPassRows + warp;
-          if constexpr (kSplit > 1) {
-            // The other block requests the same up rows.
-            store_in_cluster(address_in(1, &queue_neuron[number]), queue_neuron[number]);
-            add_in_cluster(address_in(1, &queue_tail), 1);
-          }
           atomicOr(&wanted, 1u << warp);
-          if (rows_active && !drelu) atomicAdd(&counted_active, __popc(rows_active)), atomicAdd(&counted_union, 1);
+          if (rows_active && !drelu) atomicAdd(&counted_union, 1);
         }
         number = __shfl_sync(kAllLanes, number, 0);
         if (lane < kColumns) queue_gate[number][lane] = active ? value : 0.0f;
+        if (lane < kColumns && active && !drelu) atomicAdd(counted_active + lane, 1);
       }
       ++gate_passes_ended;
     }
-    sync_all();
+    __syncthreads();
     if (threadIdx.x == 0 && !current.up && !arguments.gates) {
       if (gate_passes_ended == 1) {
         // The second kernel may start once every block is here: what it waits for is no longer what an earlier call left. It
@@ -325,23 +302,21 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
         __threadfence();
         let_successor_start();
       }
-      if (is_first) {
-        uint32_t* const mask = arguments.masks + block * gate_passes + gate_passes_ended - 1;
-        if (!drelu || wanted == 0) {
-          store_relaxed(mask, wanted | kDone);
-        } else {
-          queue_is_last[(queue_tail - 1) % kQueue] = true;
-        }
+      uint32_t* const mask = arguments.masks + blockIdx.x * gate_passes + gate_passes_ended - 1;
+      if (!drelu || wanted == 0) {
+        store_relaxed(mask, wanted | kDone);
+      } else {
+        queue_is_last[(queue_tail - 1) % kQueue] = true;
       }
       wanted = 0;
     }
-    if (threadIdx.x == 0 && is_first && current.up && drelu) {
+    if (threadIdx.x == 0 && current.up && drelu) {
       for (int i = 0; i < current.count; ++i) {
         const int number = (current.first + i) % kQueue;
         if (!queue_is_last[number]) continue;
         queue_is_last[number] = false;
         // Behind the barrier, and so behind what other warps have put into the same mask.
-        atomicOr(arguments.masks + block * gate_passes + queue_place[number] / kPassRows, kDone);
+        atomicOr(arguments.masks + blockIdx.x * gate_passes + queue_place[number] / kPassRows, kDone);
       }
     }
 
@@ -363,11 +338,15 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
 
   wait_for_copies<0>();
   if (arguments.gates) return;
-  if (threadIdx.x == 0 && is_first) {
+  if (warp > 0) return;
+  const int of_row = lane < kColumns ? counted_active[lane] : 0;
+  const int of_block = __reduce_add_sync(kAllLanes, of_row);
+  if (arguments.row_active && of_row) atomicAdd(arguments.row_active + lane, of_row);
+  if (lane == 0) {
     const auto add = [&](int kind, int count) {
       atomicAdd(reinterpret_cast<unsigned long long*>(arguments.counters) + kind, static_cast<unsigned long long>(count));
     };
-    if (counted_active) add(1, counted_active);
+    if (of_block) add(1, of_block);
     if (counted_union) add(2, counted_union);
     if (blockIdx.x == 0) {
       int real_rows = rows;

@@ -14,30 +14,23 @@ namespace prosparse::cuda {
 // The kernel calls wait_for_predecessor (device.cuh) before it touches memory that earlier kernels of the stream use, or knows by
 // other means that they have ended; and before it ends in any case, for what follows it. What they write must not be read
 // through __restrict__ or __ldg: those promise that it is constant as long as this kernel runs, which it is not while this one
-// waits. On cards before compute capability 9.0 this is an ordinary launch. cluster: blocks of one, which those cards lack.
+// waits. On cards before compute capability 9.0 this is an ordinary launch.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                         unsigned cluster, Arguments... arguments) {
+                         Arguments... arguments) {
   // Whether the kernel waits depends on what the loaded code was compiled for, not on the card.
   cudaFuncAttributes compiled{};
   PROSPARSE_TRY(cudaFuncGetAttributes(&compiled, kernel));
-  cudaLaunchAttribute attributes[2]{};
-  unsigned count = 0;
-  if (compiled.ptxVersion >= 90) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {cluster, 1, 1};
-  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &attribute;
+  config.numAttrs = compiled.ptxVersion >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

@@ -14,6 +14,9 @@ namespace {
 
 constexpr int kMaxNormThreads = 1024;
 constexpr int kMaxChunksPerThread = 4;
+// Up to so many rows, a row is spread over as many threads as it gives work, for the shortest way through. More of them keep the
+// memory busy in any case, and best where each thread has more loads under way.
+constexpr int64_t kFewRows = 64;
 
 __device__ __forceinline__ float2 widen(uint32_t pair, __nv_bfloat162) {
   return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
@@ -88,12 +91,13 @@ template <typename Pair>
 cudaError_t launch_typed(int64_t rows, int64_t d_model, const void* x, const void* residual, const void* weight, float epsilon,
                          void* y, void* sum, cudaStream_t stream) {
   const int chunks = static_cast<int>(d_model / kChunk);
-  const int per_thread = chunks <= kMaxNormThreads ? 1 : chunks <= 2 * kMaxNormThreads ? 2 : kMaxChunksPerThread;
+  const bool spread = rows <= kFewRows && chunks <= kMaxNormThreads;
+  const int per_thread = spread ? 1 : chunks <= 2 * kMaxNormThreads ? 2 : kMaxChunksPerThread;
   const int threads = ((chunks + per_thread - 1) / per_thread + kWarp - 1) / kWarp * kWarp;
   const auto kernel = per_thread == 1   ? add_rms_norm_kernel<Pair, 1>
                       : per_thread == 2 ? add_rms_norm_kernel<Pair, 2>
                                         : add_rms_norm_kernel<Pair, kMaxChunksPerThread>;
-  return launch_early(kernel, dim3(static_cast<unsigned>(rows)), dim3(static_cast<unsigned>(threads)), 0, stream, 1,
+  return launch_early(kernel, dim3(static_cast<unsigned>(rows)), dim3(static_cast<unsigned>(threads)), 0, stream,
                       static_cast<const Chunk*>(x), static_cast<const Chunk*>(residual), static_cast<const Chunk*>(weight),
                       epsilon, static_cast<Chunk*>(y), static_cast<Chunk*>(sum), chunks);
 }

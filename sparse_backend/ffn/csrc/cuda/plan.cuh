@@ -14,25 +14,20 @@ namespace prosparse::cuda {
 struct Card {
   int multiprocessors;
   int shared_memory;  // bytes a block may have: 99 KB or more from compute capability 8.0 on
-  bool has_clusters;
 };
 
-// Rows of x in units of 8: of which a block holds x, and of which a cluster of two does.
-constexpr int kMaxRowTiles = 2, kClusterRowTiles = 4;
+constexpr int kMaxRowTiles = 2;
 // The kernels count in 32 bits, products of block numbers among it.
 constexpr int64_t kMaxNeurons = int64_t{1} << 24;
 // Weights and their places are counted in chunks of 8 values, in 31 bits.
 constexpr int64_t kMaxChunks = INT_MAX;
 // Static shared memory of the first kernel, at most: partial sums and the queue.
-inline int gate_up_static_bytes(int row_tiles) { return (row_tiles > kMaxRowTiles ? 44 : 22) * 1024; }
+constexpr int kGateUpStaticBytes = 22 * 1024;
 // Stages of the first kernel on their way, tiles in a ring of the second one: deep where there is room for it.
 constexpr int kDeepAhead = 4, kShallowAhead = 1;
 constexpr int kDeepStages = 5, kShallowStages = 2;
 
-inline int row_tiles(int64_t rows) { return rows <= 8 ? 1 : rows <= 8 * kMaxRowTiles ? 2 : kClusterRowTiles; }
-
-// Blocks of the first kernel that share x.
-inline int blocks_of_cluster(int row_tiles) { return row_tiles > kMaxRowTiles ? 2 : 1; }
+inline int row_tiles(int64_t rows) { return rows <= 8 ? 1 : 2; }
 
 template <typename Integer>
 constexpr Integer ceil_div(Integer value, Integer divisor) {
@@ -42,7 +37,6 @@ constexpr Integer ceil_div(Integer value, Integer divisor) {
 // Memory lines of each weight row that a warp of the first kernel takes, as the kernels are compiled for: x is in registers then.
 // 0: more of them, x is in shared memory.
 inline int lines_in_registers(int row_tiles, int64_t d_model) {
-  if (row_tiles > kMaxRowTiles) return d_model <= 2 * 2 * kGateUpWarps * kLine ? 2 : 0;
   for (const int lines : {2, 3, 4, 5, 8})
     if (lines <= (row_tiles == 1 ? 8 : 5) && d_model <= int64_t{lines} * kGateUpWarps * kLine) return lines;
   return 0;
@@ -60,10 +54,9 @@ inline int down_shared_memory(int stages, int row_tiles, int neuron_capacity) {
 
 // As many rows of x as fit into registers or shared memory.
 inline int most_rows(const Card& card, int64_t d_model) {
-  if (card.has_clusters && lines_in_registers(kClusterRowTiles, d_model)) return 8 * kClusterRowTiles;
   if (lines_in_registers(kMaxRowTiles, d_model)) return 8 * kMaxRowTiles;
   const int in_registers = lines_in_registers(1, d_model) ? 8 : 0;
-  const int room = card.shared_memory - gate_up_static_bytes(kMaxRowTiles) - gate_up_shared_memory(kShallowAhead, 0, 0, 0);
+  const int room = card.shared_memory - kGateUpStaticBytes - gate_up_shared_memory(kShallowAhead, 0, 0, 0);
   if (d_model > room) return in_registers;  // not one row in shared memory, and perhaps more than an int holds
   return std::clamp(room / x_stride_bytes(static_cast<int>(d_model)), in_registers, 8 * kMaxRowTiles);
 }
@@ -76,7 +69,7 @@ inline bool is_supported(const Card& card, const Shape& shape) {
 
 // For a supported shape: the grids, and where the scratch memory holds what, in bytes from its start.
 struct Plan {
-  Passes passes;  // of the first kernel, one block or cluster's share of the card unless there are very many neurons for them
+  Passes passes;              // of the first kernel, one block per multiprocessor unless there are very many neurons for them
   int column_groups, splits;  // of the second one, nearly as many blocks
   int neuron_capacity;        // of a split, at most
   int lines, ahead;           // of the first kernel
@@ -90,14 +83,13 @@ struct Plan {
     const int ring_bytes = down_shared_memory(kShallowStages, tiles, 0), pass_bytes = down_shared_memory(0, tiles, kPassRows);
     const int most_passes = (card.shared_memory - ring_bytes) / pass_bytes;
     const int least_blocks = ceil_div(d_ff, most_passes * kPassRows);
-    const int wanted_blocks = std::max(1, card.multiprocessors / blocks_of_cluster(tiles));
-    passes = Passes::deal_out(d_ff, std::max(std::min(wanted_blocks, d_ff / 8), least_blocks));
+    passes = Passes::deal_out(d_ff, std::max(std::min(card.multiprocessors, d_ff / 8), least_blocks));
     column_groups = ceil_div(d_model, kDownColumns);
     const int least_splits = ceil_div(passes.blocks, most_passes / passes.per_block);
     splits = std::clamp(card.multiprocessors / column_groups, least_splits, passes.blocks);
     neuron_capacity = ceil_div(passes.blocks, splits) * passes.per_block * kPassRows;
     lines = lines_in_registers(tiles, shape.d_model);
-    const int rows = static_cast<int>(shape.rows), room = card.shared_memory - gate_up_static_bytes(tiles);
+    const int rows = static_cast<int>(shape.rows), room = card.shared_memory - kGateUpStaticBytes;
     ahead = gate_up_shared_memory(kDeepAhead, lines, rows, d_model) <= room ? kDeepAhead : kShallowAhead;
     stages = down_shared_memory(kDeepStages, tiles, neuron_capacity) <= card.shared_memory ? kDeepStages : kShallowStages;
 

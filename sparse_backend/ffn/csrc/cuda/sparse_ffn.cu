@@ -28,9 +28,6 @@ cudaError_t current_card(Card& card) {
     Card read{};
     PROSPARSE_TRY(cudaDeviceGetAttribute(&read.multiprocessors, cudaDevAttrMultiProcessorCount, device));
     PROSPARSE_TRY(cudaDeviceGetAttribute(&read.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    int has_clusters = 0;
-    PROSPARSE_TRY(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device));
-    read.has_clusters = has_clusters;
     cards[device] = read;
   }
   card = cards[device];
@@ -39,43 +36,37 @@ cudaError_t current_card(Card& card) {
 
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_memory, cudaStream_t stream,
-                   const Arguments& arguments, int cluster = 1) {
+                   const Arguments& arguments) {
   // Above 48 KB a kernel must be told, and telling it again costs less than remembering per device. It is the kernel that is
   // told, not the launch: between the two no other thread may tell it of less.
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   PROSPARSE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory));
   PROSPARSE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kSharedMemoryCarveout));
-  return launch_early(kernel, grid, dim3(threads), static_cast<size_t>(shared_memory), stream, static_cast<unsigned>(cluster),
-                      arguments);
+  return launch_early(kernel, grid, dim3(threads), static_cast<size_t>(shared_memory), stream, arguments);
 }
 
 template <typename T, int kRowTiles, int kLines>
 cudaError_t launch_gate_up_lines(const Plan& plan, const GateUpArguments& arguments, cudaStream_t stream) {
   constexpr int kDeep = kLines > 0 ? std::min(kDeepAhead, kLines) : kDeepAhead;
-  constexpr int kSplit = kRowTiles > kMaxRowTiles ? 2 : 1;
-  const auto kernel = plan.ahead == kDeepAhead ? gate_up_kernel<T, kLines, kRowTiles, kDeep, kSplit>
-                                               : gate_up_kernel<T, kLines, kRowTiles, kShallowAhead, kSplit>;
-  return launch(kernel, dim3(arguments.passes.blocks * kSplit), kGateUpThreads,
-                gate_up_shared_memory(plan.ahead, kLines, arguments.rows, arguments.d_model), stream, arguments, kSplit);
+  const auto kernel = plan.ahead == kDeepAhead ? gate_up_kernel<T, kLines, kRowTiles, kDeep>
+                                               : gate_up_kernel<T, kLines, kRowTiles, kShallowAhead>;
+  return launch(kernel, dim3(arguments.passes.blocks), kGateUpThreads,
+                gate_up_shared_memory(plan.ahead, kLines, arguments.rows, arguments.d_model), stream, arguments);
 }
 
 template <typename T, int kRowTiles>
 cudaError_t launch_gate_up(const Plan& plan, const GateUpArguments& arguments, cudaStream_t stream) {
-  if constexpr (kRowTiles > kMaxRowTiles) {
-    return launch_gate_up_lines<T, kRowTiles, 2>(plan, arguments, stream);
-  } else {
-    switch (plan.lines) {
-      case 0: return launch_gate_up_lines<T, kRowTiles, 0>(plan, arguments, stream);
-      case 2: return launch_gate_up_lines<T, kRowTiles, 2>(plan, arguments, stream);
-      case 3: return launch_gate_up_lines<T, kRowTiles, 3>(plan, arguments, stream);
-      case 4: return launch_gate_up_lines<T, kRowTiles, 4>(plan, arguments, stream);
-      case 5: return launch_gate_up_lines<T, kRowTiles, 5>(plan, arguments, stream);
-      case 8:
-        if constexpr (kRowTiles == 1) return launch_gate_up_lines<T, kRowTiles, 8>(plan, arguments, stream);
-    }
-    return cudaErrorInvalidValue;
+  switch (plan.lines) {
+    case 0: return launch_gate_up_lines<T, kRowTiles, 0>(plan, arguments, stream);
+    case 2: return launch_gate_up_lines<T, kRowTiles, 2>(plan, arguments, stream);
+    case 3: return launch_gate_up_lines<T, kRowTiles, 3>(plan, arguments, stream);
+    case 4: return launch_gate_up_lines<T, kRowTiles, 4>(plan, arguments, stream);
+    case 5: return launch_gate_up_lines<T, kRowTiles, 5>(plan, arguments, stream);
+    case 8:
+      if constexpr (kRowTiles == 1) return launch_gate_up_lines<T, kRowTiles, 8>(plan, arguments, stream);
   }
+  return cudaErrorInvalidValue;
 }
 
 template <typename T, int kRowTiles>
@@ -122,20 +113,13 @@ cudaError_t run(const Card& card, Call call) {
   return launch_add_shares<T>(third, call.stream);
 }
 
-template <typename T>
-cudaError_t run(const Card& card, const Call& call) {
-  switch (row_tiles(call.shape.rows)) {
-    case 1: return run<T, 1>(card, call);
-    case 2: return run<T, 2>(card, call);
-    default: return run<T, kClusterRowTiles>(card, call);
-  }
-}
-
 cudaError_t run(Dtype dtype, const Call& call) {
   Card card;
   PROSPARSE_TRY(current_card(card));
   if (dtype == Dtype::kFloat32 || !is_supported(card, call.shape)) return cudaErrorInvalidValue;
-  return dtype == Dtype::kBFloat16 ? run<__nv_bfloat16>(card, call) : run<__half>(card, call);
+  const bool one_tile = row_tiles(call.shape.rows) == 1;
+  if (dtype == Dtype::kBFloat16) return one_tile ? run<__nv_bfloat16, 1>(card, call) : run<__nv_bfloat16, 2>(card, call);
+  return one_tile ? run<__half, 1>(card, call) : run<__half, 2>(card, call);
 }
 
 }  // namespace
@@ -152,11 +136,12 @@ size_t sparse_ffn_workspace(Dtype, const Shape& shape) {
 }
 
 cudaError_t launch_sparse_ffn(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, const void* down_t,
-                              float threshold, bool drelu, const bool* is_padding, void* y, int64_t* counters, void* workspace,
-                              cudaStream_t stream) {
+                              float threshold, bool drelu, const bool* is_padding, void* y, int64_t* counters, int32_t* row_active,
+                              void* workspace, cudaStream_t stream) {
   Call call{shape, {}, down_t, y, workspace, stream};
   call.first.x = x, call.first.gate_up = gate_up, call.first.is_padding = is_padding;
-  call.first.counters = counters, call.first.threshold = threshold, call.first.drelu = drelu;
+  call.first.counters = counters, call.first.row_active = row_active;
+  call.first.threshold = threshold, call.first.drelu = drelu;
   return run(dtype, call);
 }
 

@@ -1,1 +1,0 @@
-"""vLLM model classes whose feed-forward layers run on the sparse op."""
