@@ -10,7 +10,8 @@ import pytest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from server.app import api_app
-from server.paths import API_PATHS
+from server.paths import API_PATHS, CHAT_PATH, COMPLETIONS_PATH, DETOKENIZE_PATH, TOKENIZE_PATH
+from server.policy import SERVED_FIELDS
 from server.settings import Settings
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
@@ -212,6 +213,22 @@ async def test_only_the_served_paths_are_there(compat, client):
     assert (await client.get("/docs")).status_code == 200
     assert (await client.get("/static/swagger-ui-bundle.js")).status_code == 200
     assert (await client.get("/version")).json() == {"version": "0.32.0"}
+
+
+async def test_the_document_describes_the_fields_that_are_served(client):
+    document = (await client.get("/openapi.json")).json()
+    models = document["components"]["schemas"]
+    for path, names in {
+        CHAT_PATH: ["ChatCompletionRequest"],
+        COMPLETIONS_PATH: ["CompletionRequest"],
+        TOKENIZE_PATH: ["TokenizeCompletionRequest", "TokenizeChatRequest"],
+        DETOKENIZE_PATH: ["DetokenizeRequest"],
+    }.items():
+        described = set().union(*(models[name]["properties"] for name in names))
+        # Every field that we let through is one of vLLM's.
+        assert described == set(SERVED_FIELDS[path])
+        assert all(models[name]["additionalProperties"] is False for name in names)
+    assert (await client.get("/openapi.json")).json() == document
 
 
 @pytest.mark.parametrize(
