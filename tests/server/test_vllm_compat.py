@@ -1,5 +1,6 @@
 """The contract with vLLM 0.32's server internals: flags, routes, error handlers. Starts no engine."""
 
+import json
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -185,6 +186,25 @@ def test_replicas_that_answer_to_several_servers_are_refused_under_every_name():
 @pytest.mark.parametrize("length", ["256", "100", "auto"])
 def test_contexts_within_the_checkpoints_pass(compat, folder, length):
     assert parse(compat, folder, "--max-model-len", length).max_model_len == (-1 if length == "auto" else int(length))
+
+
+def test_cve_2026_22807_27893_code_in_a_checkpoint_is_not_run(compat, tmp_path):
+    from transformers import AutoTokenizer
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()")
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    edit_config(folder, model_type="sparsellama", auto_map={name: f"evil.{name}" for name in names})
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Slow", "evil.Fast"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    arguments = parse(compat, folder, "--enforce-eager")
+    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    assert config.model_config.trust_remote_code is False
+    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model_config.trust_remote_code)
+    assert not ran.exists()
 
 
 class Models:
