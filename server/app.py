@@ -10,10 +10,12 @@ from starlette.types import ASGIApp
 
 from server.admission import Admission
 from server.auth import KeyCheck, KeyRing
+from server.batching import BatchingTelemetry
 from server.errors import InternalErrors
 from server.health import FrontDoor, Health, probe_router
 from server.intake import Intake
 from server.metrics import ServerMetrics
+from server.page import page_router
 from server.paths import METRICS_PATH
 from server.policy import RequestPolicy
 from server.rates import KeyRates
@@ -25,11 +27,17 @@ TITLE = "ProSparse Serve"
 
 
 def outer_chain(
-    door: FrontDoor, settings: Settings, keys: KeyRing, metrics: ServerMetrics, log: Callable[[str], None]
+    door: FrontDoor,
+    settings: Settings,
+    keys: KeyRing,
+    metrics: ServerMetrics,
+    batching: BatchingTelemetry,
+    log: Callable[[str], None],
 ) -> ASGIApp:
     """What uvicorn calls: CORS → id, log line, count → keys → the front door (probes, metrics, the API while ready)."""
     app: ASGIApp = KeyCheck(door, keys, settings.metrics_access)
-    app = RequestLog(app, metrics, log if settings.request_log == "on" else None, prompts=settings.log_prompts)
+    write = log if settings.request_log == "on" else None
+    app = RequestLog(app, metrics, batching.density, write, prompts=settings.log_prompts)
     if settings.cors_origins:
         app = CORSMiddleware(
             app,
@@ -56,8 +64,8 @@ def inner_chain(
 def operations_routers(
     health: Health, telemetry: SparsityTelemetry, registries: Iterable[Callable[[], CollectorRegistry]]
 ) -> list[APIRouter]:
-    """Probes and metrics."""
-    return [probe_router(health), metrics_router(telemetry, registries)]
+    """Probes, metrics and the live page."""
+    return [probe_router(health), metrics_router(telemetry, registries), page_router()]
 
 
 def metrics_router(telemetry: SparsityTelemetry, registries: Iterable[Callable[[], CollectorRegistry]]) -> APIRouter:
@@ -76,7 +84,7 @@ def metrics_router(telemetry: SparsityTelemetry, registries: Iterable[Callable[[
 
 
 def operations_app(routers: Iterable[APIRouter]) -> FastAPI:
-    """Probes and metrics, which answer in every phase."""
+    """Probes, metrics and the live page, which answer in every phase."""
     app = FastAPI(title=TITLE, openapi_url=None, redirect_slashes=False)
     for router in routers:
         app.include_router(router)

@@ -43,6 +43,9 @@ COMMANDS = {
     "paths": Command("sparse_backend.bench.paths", "show up to how many rows the sparse path wins on this machine"),
     "bench ffn": Command("sparse_backend.bench.ffn", "time one feed-forward layer, sparse against dense"),
     "bench decode": Command("sparse_backend.bench.decode", "time decoding through vLLM, sparse against dense"),
+    "bench batching": Command(
+        "sparse_backend.bench.batching", "replay traffic against servers, policy by policy", vllm_flags=True
+    ),
     "bench parity": Command("sparse_backend.bench.parity", "compare the tokens and counters of both paths"),
 }
 
@@ -132,3 +135,7 @@ def _overview() -> str:
     return "\n".join(
         ["usage: prosparse COMMAND [ARGUMENTS]", "", *rows, "", "`prosparse COMMAND --help` shows a command's flags."]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -13,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from server.admission import Admission
 from server.app import api_app, inner_chain, operations_app, operations_routers, outer_chain
 from server.auth import KeyRing
+from server.batching import BatchingTelemetry
 from server.health import FrontDoor, Health, not_ready
 from server.listener import HttpServer, http_server
 from server.metrics import ServerMetrics
@@ -37,11 +39,12 @@ _KEY_INTERVAL = 1.0
 class Server:
     """One run of the server, from listening to exit."""
 
-    def __init__(self, settings: Settings, checkpoint: Checkpoint, keys: KeyRing, began: float) -> None:
+    def __init__(self, settings: Settings, checkpoint: Checkpoint, keys: KeyRing, began: float, folder: Path) -> None:
         self._settings = settings
         self._checkpoint = checkpoint
         self._keys = keys
         self._began = began
+        self._folder = folder
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._exit_status = 0
@@ -52,6 +55,8 @@ class Server:
         self._rates = KeyRates(settings)
         self._metrics = ServerMetrics(self._health, self._admission)
         self._metrics.serves(settings.model_name)
+        self._batching = BatchingTelemetry(settings.batching)
+        self._metrics.registry.register(self._batching)
         self._registries: list[Callable[[], CollectorRegistry]] = [lambda: self._metrics.registry]
         self._operations = operations_routers(self._health, self._telemetry, self._registries)
         self._door = FrontDoor(self._health, operations_app(self._operations))
@@ -64,10 +69,11 @@ class Server:
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        chain = outer_chain(self._door, self._settings, self._keys, self._metrics, _write_line)
+        chain = outer_chain(self._door, self._settings, self._keys, self._metrics, self._batching, _write_line)
         http = http_server(chain, self._settings, self._settings.log_level, _CLOSE_TIMEOUT)
         answering = asyncio.create_task(http.serve(sockets=[listener]))
         reloading = asyncio.create_task(self._reload_keys())
+        self._batching.listen(self._folder)
         supervisor = Supervisor(
             self._settings, self._health, self._metrics, self._stop, self._start_engine, self._open, self._close
         )
@@ -80,6 +86,7 @@ class Server:
             self._exit_status = 1
         finally:
             reloading.cancel()
+            self._batching.close()
             await self._hang_up(http, answering)
         return self._exit_status
 

@@ -28,6 +28,7 @@ _EXPECTED = (
     "Reset SSM cache type",
     "%s is not found in LD_PRELOAD",
     "Enforce eager set",
+    "Using custom scheduler class",
     "Inductor compilation was disabled by user settings",
 )
 

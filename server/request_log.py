@@ -31,18 +31,26 @@ class RequestLog:
     """Outermost in the chain: whatever comes of a request is logged and counted, and carries its id."""
 
     def __init__(
-        self, app: ASGIApp, metrics: ServerMetrics, write: Callable[[str], None] | None, *, prompts: bool = False
+        self,
+        app: ASGIApp,
+        metrics: ServerMetrics,
+        density: Callable[[str], float | None],
+        write: Callable[[str], None] | None,
+        *,
+        prompts: bool = False,
     ) -> None:
         """Hold where lines go.
 
         Args:
             app: the rest of the chain.
             metrics: counts the requests.
+            density: share of active neurons of a request that has been answered, by its id; None if it is not known.
             write: takes one line without its end; None writes none.
             prompts: whether a line has the prompt's text.
         """
         self._app = app
         self._metrics = metrics
+        self._density = density
         self._write = write
         self._prompts = prompts
 
@@ -91,11 +99,12 @@ class RequestLog:
                 "output_tokens": record.output_tokens,
                 "ttft_seconds": _rounded(record.time_to_first_token),
                 "itl_seconds": _rounded(record.inter_token_latency),
+                "density": _rounded(self._density(record.id)),
             }
         if self._prompts and record.prompt is not None:
             fields["prompt"] = record.prompt
         return json.dumps(fields, ensure_ascii=True)
 
 
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 5)
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)

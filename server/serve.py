@@ -9,12 +9,14 @@ from pathlib import Path
 import uvloop
 
 from server.auth import KeyRing
+from server.batching import batching_settings
 from server.lifecycle import Server
 from server.listener import listen
 from server.progress import say, write_logging_config
 from server.settings import Settings, add_flags
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
+from sparse_backend.vllm_plugin.batching import SETTINGS_VARIABLE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         verified = "every file matches its manifest" if checkpoint.manifest else "no manifest"
         say(f"checkpoint {settings.model}: {checkpoint.activation}, {checkpoint.n_layers} layers, {verified}")
         with listen(settings.host, settings.port) as listener:
-            return uvloop.run(Server(settings, checkpoint, keys, began).run(listener))
+            return uvloop.run(Server(settings, checkpoint, keys, began, Path(folder)).run(listener))
 
 
 def prepare_environment(settings: Settings, folder: Path) -> None:
@@ -63,6 +65,7 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
         # that must be TCP are on the loopback device.
         "VLLM_RPC_BASE_PATH": str(folder),
         "VLLM_HOST_IP": "127.0.0.1",
+        SETTINGS_VARIABLE: batching_settings(settings, folder).model_dump_json(),
     }
     if settings.log_level == "warning" and not {"VLLM_LOGGING_CONFIG_PATH", "VLLM_LOGGING_LEVEL"} & os.environ.keys():
         defaults["VLLM_LOGGING_CONFIG_PATH"] = str(folder / "logging.json")

@@ -20,7 +20,9 @@ from sparse_backend.errors import UserError
 PREFIX = "PROSPARSE_"
 
 # Environment keys with our prefix that other rooms read; everything else under the prefix must be a setting.
-OTHER_ENVIRONMENT_KEYS = frozenset({"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA"})
+OTHER_ENVIRONMENT_KEYS = frozenset(
+    {"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA", "PROSPARSE_BATCHING_SETTINGS", "PROSPARSE_BATCHING_LEVERS"}
+)
 
 # What PROSPARSE_CPU_ISA may be. The kernels decide what this CPU has of them, but only once the engine's workers are up.
 CPU_ISAS = ("amx", "avx512_bf16", "avx512f", "avx2", "portable")
@@ -36,6 +38,7 @@ _OUR_FLAGS = {
     "--config": "config",
     "--shutdown-timeout": "drain_timeout",
     "--additional-config": "ffn_path",
+    "--scheduler-cls": "batching",
     "--log-level": "log_level",
 }
 
@@ -46,19 +49,21 @@ _REFUSED_FLAGS = {
     "--worker-extension-cls": "the server sets it, to read the sparsity counters",
     "--headless": "one `prosparse serve` runs one server",
     "--api-server-count": "one `prosparse serve` runs one server",
-    "--lora-modules": "the sparse feed-forward layers do not apply LoRA adapters",
-    "--enable-lora": "the sparse feed-forward layers do not apply LoRA adapters",
     "--enable-tokenizer-info-endpoint": "its path is not served",
     "--enable-server-load-tracking": "its path is not served",
     "--help": "`vllm serve --help` shows vLLM's own flags",
     "-h": "`vllm serve --help` shows vLLM's own flags",
 }
 
-# So are all flags that start like this.
-_REFUSED_PREFIXES = {
-    "--data-parallel-": "the sparsity metrics would show one replica only",
-    "-dp": "the sparsity metrics would show one replica only",
-}
+# So are those by which vLLM's replicas answer to several servers.
+_REFUSED_FLAGS |= dict.fromkeys(
+    (
+        *("--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr"),
+        *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
+        *("--data-parallel-multi-port-external-lb", "-dpm"),
+    ),
+    "one `prosparse serve` runs all replicas, and --data-parallel-size says how many",
+)
 
 
 def _split_words(value: object) -> object:
@@ -95,6 +100,30 @@ class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
         "auto",
         description="how feed-forward layers compute: auto takes the sparse path up to the row count where it was"
         " measured to win on this machine, and the dense path beyond; sparse and dense force one path",
+    )
+    batching: Literal["fcfs", "sparse"] = Field(
+        "fcfs",
+        description="what a step is made of: fcfs, whatever has come, in that order, as vLLM does it; sparse, as much of the"
+        " waiting prompts as the objectives leave room for, by the predicted time of the step",
+    )
+    itl_slo_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="with --batching sparse: objective for the milliseconds between two tokens of a request; longer prompts are"
+        " read in smaller pieces to keep it. One that not even a single request can meet is said at start-up",
+    )
+    ttft_slo_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="with --batching sparse: objective for the milliseconds to a request's first token",
+    )
+    max_unfairness_ms: float = Field(
+        100.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="with --batching sparse: milliseconds that a waiting request may lose to others that came later",
     )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         (),
@@ -231,10 +260,7 @@ def _check_vllm_flags(flags: tuple[str, ...]) -> None:
             raise UserError(
                 f"{name} after `--` is for us to set: give {flag_of(_OUR_FLAGS[name])} before the `--` instead."
             )
-        reason = _REFUSED_FLAGS.get(name) or next(
-            (reason for prefix, reason in _REFUSED_PREFIXES.items() if name.startswith(prefix)), None
-        )
-        if reason:
+        if reason := _REFUSED_FLAGS.get(name):
             raise UserError(f"{name} is refused: {reason}. Leave it out.")
 
 

@@ -75,7 +75,7 @@ def sparsity() -> Dashboard:
     """The board."""
     return board(
         "prosparse-sparsity",
-        "ProSparse · Sparsity",
+        "ProSparse / Sparsity",
         "How sparse the feed-forward layers run, which path they take, and what that saves.",
         [
             Row("Now", _now()),
@@ -118,7 +118,9 @@ def _now() -> list[Tile]:
             steps=Steps(NEUTRAL, [(0.1, GOOD)]),
             no_value="at rest",
         ),
-        number("Saved", "Weight bytes not read per second.", Query(bytes_saved()), unit="Bps"),
+        number(
+            "Saved", "Weight bytes not read per second; with dReLU an upper bound.", Query(bytes_saved()), unit="Bps"
+        ),
         number(
             "Output", "Tokens generated per second.", Query(total("vllm:generation_tokens_total")), unit="suffix: tok/s"
         ),

@@ -5,6 +5,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 
+from sparse_backend.bench import synthetic_loader  # noqa: F401 - workers import this module, and need its load format
 from sparse_backend.ffn import op
 from sparse_backend.vllm_plugin.snapshot import Path, PathCounts
 from sparse_backend.vllm_plugin.worker import SparsityWorkerExtension, path_counts

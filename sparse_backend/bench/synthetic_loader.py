@@ -14,8 +14,7 @@ _MODEL = "model"
 
 
 def load_arguments(model: SyntheticModel) -> dict[str, Any]:
-    """What ``vllm.LLM`` is to be called with, so that it loads ``model``; registers the format."""
-    register_model_loader(LOAD_FORMAT)(_Loader)
+    """What ``vllm.LLM`` is to be called with, so that it loads ``model``."""
     return {
         "load_format": LOAD_FORMAT,
         "model_loader_extra_config": {_MODEL: model},
@@ -23,6 +22,7 @@ def load_arguments(model: SyntheticModel) -> dict[str, Any]:
     }
 
 
+@register_model_loader(LOAD_FORMAT)
 class _Loader(BaseModelLoader):
     def download_model(self, model_config: ModelConfig) -> None:
         pass

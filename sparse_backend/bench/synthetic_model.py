@@ -8,6 +8,9 @@ layers add to the rest of the stream is small, so that a hidden state stays, up 
 
 The output head is the embedding moved on by one row: token t is followed by t + 1. Sequences thus never fall in with each other,
 as greedy decoding of other random weights lets them, and then all rows of a step would activate the same neurons.
+
+Tokens can be of classes, each with a density of its own: the vocabulary is cut into equal ranges, each class has a coordinate of
+its own in place of coordinate 0, and the last token of a range is followed by its first.
 """
 
 import json
@@ -58,12 +61,15 @@ class SyntheticModel:
     """Of every neuron, unless there is a file."""
     frequencies: Path | None = None
     """A file of neuron frequencies, as ``read_frequencies`` takes it; the model's layers take its layers in turn."""
+    classes: tuple[float, ...] = ()
+    """The density of each class of tokens, in place of ``density``."""
 
     def layer_frequencies(self) -> list[torch.Tensor]:
         """Per layer, how often each neuron [d_ff] is active; the same at each call."""
         n_layers, d_ff = self.shape.num_hidden_layers, self.shape.intermediate_size
         if self.frequencies is None:
-            return [torch.full((d_ff,), self.density, dtype=torch.float32, device="cpu")] * n_layers
+            density = sum(self.classes) / len(self.classes) if self.classes else self.density
+            return [torch.full((d_ff,), density, dtype=torch.float32, device="cpu")] * n_layers
         pattern = Frequencies(read_frequencies(self.frequencies))
         generator = torch.Generator().manual_seed(0)
         return [pattern.draw(index, d_ff, generator) for index in range(n_layers)]
@@ -71,6 +77,19 @@ class SyntheticModel:
     def layer_densities(self) -> list[float]:
         """Per layer, the mean of its neurons' frequencies."""
         return [frequencies.mean().item() for frequencies in self.layer_frequencies()]
+
+    def class_tokens(self, index: int) -> range:
+        """The token ids of a class; all of them without classes."""
+        count = max(1, len(self.classes))
+        return range(self.shape.vocab_size * index // count, self.shape.vocab_size * (index + 1) // count)
+
+    def class_frequencies(self) -> list[list[torch.Tensor]]:
+        """Per layer and class, how often each neuron [d_ff] is active; one class if there are none."""
+        if not self.classes:
+            return [[frequencies] for frequencies in self.layer_frequencies()]
+        d_ff = self.shape.intermediate_size
+        of_class = [torch.full((d_ff,), density, dtype=torch.float32, device="cpu") for density in self.classes]
+        return [of_class] * self.shape.num_hidden_layers
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         """Random token ids."""
@@ -100,6 +119,7 @@ def weights(model: SyntheticModel, device: torch.device, dtype: torch.dtype) -> 
     generator = torch.Generator(device).manual_seed(0)
     shape = model.shape
     d_model, d_ff = shape.hidden_size, shape.intermediate_size
+    classes = [model.class_tokens(index) for index in range(max(1, len(model.classes)))]
     constant = (d_model / 64) ** 0.5  # a 64th of the stream's energy
 
     def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
@@ -108,17 +128,19 @@ def weights(model: SyntheticModel, device: torch.device, dtype: torch.dtype) -> 
 
     def into_stream(columns: int) -> torch.Tensor:
         values = normal(d_model, columns, _LAYER_SCALE * columns**-0.5)
-        values[0] = 0
+        values[: len(classes)] = 0
         return values
 
     ones = torch.ones(d_model, device=device, dtype=dtype)
     embedding = normal(shape.vocab_size, d_model, 1.0)
-    embedding[:, 0] = constant
+    embedding[:, : len(classes)] = 0
+    for index, tokens in enumerate(classes):
+        embedding[tokens.start : tokens.stop, index] = constant
     yield "model.embed_tokens.weight", embedding
-    yield "lm_head.weight", embedding.roll(1, dims=0)
+    yield "lm_head.weight", torch.cat([embedding[tokens.start : tokens.stop].roll(1, dims=0) for tokens in classes])
     yield "model.norm.weight", ones
     head = d_model // shape.num_attention_heads
-    for index, frequencies in enumerate(model.layer_frequencies()):
+    for index, of_class in enumerate(model.class_frequencies()):
         layer = f"model.layers.{index}"
         yield f"{layer}.input_layernorm.weight", ones
         yield f"{layer}.post_attention_layernorm.weight", ones
@@ -130,7 +152,8 @@ def weights(model: SyntheticModel, device: torch.device, dtype: torch.dtype) -> 
             yield f"{layer}.self_attn.{name}_proj.weight", normal(heads * head, d_model, d_model**-0.5)
         yield f"{layer}.self_attn.o_proj.weight", into_stream(d_model)
         gate = normal(d_ff, d_model, d_model**-0.5)
-        gate[:, 0] = synthetic.shift_of(frequencies).to(gate) / constant
+        for column, frequencies in enumerate(of_class):
+            gate[:, column] = synthetic.shift_of(frequencies).to(gate) / constant
         yield f"{layer}.mlp.gate_proj.weight", gate
         yield f"{layer}.mlp.up_proj.weight", normal(d_ff, d_model, d_model**-0.5)
         yield f"{layer}.mlp.down_proj.weight", into_stream(d_ff)

@@ -14,12 +14,12 @@ _ALIGNMENT = 16
 _library = torch.library.Library("prosparse", "DEF")
 _library.define(
     "sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, float threshold, Tensor(a!) counters, int max_sparse_rows,"
-    " Tensor? is_padding=None, bool drelu=False) -> Tensor",
+    " Tensor? is_padding=None, bool drelu=False, Tensor(b!)? row_active=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
-    "gated_activation(Tensor gate_up_out, float threshold, Tensor(a!) counters, Tensor? is_padding=None, bool drelu=False)"
-    " -> Tensor",
+    "gated_activation(Tensor gate_up_out, float threshold, Tensor(a!) counters, Tensor? is_padding=None, bool drelu=False,"
+    " Tensor(b!)? row_active=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
@@ -36,6 +36,7 @@ def sparse_gated_ffn(
     max_sparse_rows: int,
     is_padding: torch.Tensor | None = None,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gated feed-forward layer: y = (gate * active * up) @ down_t, gate and up = x @ gate_up^T.
 
@@ -62,6 +63,7 @@ def sparse_gated_ffn(
         max_sparse_rows: 0 always takes the dense path. It is compared with all rows, those of padding included.
         is_padding: bool [rows]; rows where it is True are neither computed nor counted, and their y is 0. None: no padding.
         drelu: whether up values must be above the threshold, too.
+        row_active: int32, at least [rows]; the active neurons of row i are added to element i, modulo 2^32. None: not counted.
 
     d_model and d_ff are multiples of 8; all tensors are on one device and contiguous; x and the weights start at a multiple of
     16 bytes.
@@ -70,7 +72,7 @@ def sparse_gated_ffn(
         RuntimeError: a tensor has another dtype, shape, layout or device; the message names it.
     """
     return torch.ops.prosparse.sparse_gated_ffn(
-        x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding, drelu
+        x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding, drelu, row_active
     )
 
 
@@ -80,6 +82,7 @@ def gated_activation(
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The middle of the dense path by itself, for layers whose products are not ours: h = gate * active * up [rows, d_ff].
 
@@ -89,11 +92,12 @@ def gated_activation(
         counters: this call is added to their dense path.
         is_padding: bool [rows]; the h of rows where it is True is 0, and they are not counted.
         drelu: whether up values must be above the threshold, too.
+        row_active: as for ``sparse_gated_ffn``.
 
     Raises:
         RuntimeError: a tensor has another dtype, shape, layout or device; the message names it.
     """
-    return torch.ops.prosparse.gated_activation(gate_up_out, threshold, counters, is_padding, drelu)
+    return torch.ops.prosparse.gated_activation(gate_up_out, threshold, counters, is_padding, drelu, row_active)
 
 
 def gate_values(x: torch.Tensor, gate_up: torch.Tensor, max_sparse_rows: int) -> torch.Tensor:
@@ -129,6 +133,7 @@ def _(
     max_sparse_rows: int,
     is_padding: torch.Tensor | None = None,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(x)
 
@@ -140,6 +145,7 @@ def _(
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return gate_up_out.new_empty((gate_up_out.shape[0], gate_up_out.shape[1] // 2))
 
@@ -158,13 +164,14 @@ def _without_kernels(
     max_sparse_rows: int,
     is_padding: torch.Tensor | None = None,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What runs where the device's kernels are not loaded: loads them if it can, else computes densely in any case."""
     if native.load(x.device.type):
-        return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding, drelu)
-    check_arguments(x, gate_up, down_t, threshold, counters, is_padding, drelu)
+        return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, is_padding, drelu, row_active)
+    check_arguments(x, gate_up, down_t, threshold, counters, is_padding, drelu, row_active)
     native.warn_of_reference(x.device.type)
-    return reference.dense_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, drelu)
+    return reference.dense_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, drelu, row_active)
 
 
 def _activation_without_kernels(
@@ -173,11 +180,12 @@ def _activation_without_kernels(
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if native.load(gate_up_out.device.type):
-        return gated_activation(gate_up_out, threshold, counters, is_padding, drelu)
+        return gated_activation(gate_up_out, threshold, counters, is_padding, drelu, row_active)
     native.warn_of_reference(gate_up_out.device.type)
-    return reference.gated_activation(gate_up_out, threshold, counters, is_padding, drelu)
+    return reference.gated_activation(gate_up_out, threshold, counters, is_padding, drelu, row_active)
 
 
 def check_arguments(
@@ -188,6 +196,7 @@ def check_arguments(
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> None:
     """Refuse what csrc/arguments.h refuses, in the same words, so that the reference takes nothing the kernels would not."""
 
@@ -241,6 +250,16 @@ def check_arguments(
             f"is_padding must be a contiguous bool tensor of shape [rows] = [{rows}]",
         )
         check_device(is_padding, "is_padding")
+    if row_active is not None:
+        rows = x.shape[0]
+        check(
+            row_active.dtype == torch.int32
+            and row_active.is_contiguous()
+            and row_active.dim() == 1
+            and row_active.shape[0] >= rows,
+            f"row_active must be a contiguous int32 tensor of at least [rows] = [{rows}]",
+        )
+        check_device(row_active, "row_active")
 
 
 # For every device. The kernels that a native library registers for its own device go before it.

@@ -18,8 +18,17 @@ def active_neurons(gate: torch.Tensor, threshold: float) -> torch.Tensor:
     return ~(gate.float() <= threshold)
 
 
-def count(counters: torch.Tensor, path: int, active: torch.Tensor, is_padding: torch.Tensor | None = None) -> None:
-    """Add one call with the active neurons ``active`` [rows, d_ff] to ``counters`` [2, 4]; rows of padding are left out."""
+def count(
+    counters: torch.Tensor,
+    path: int,
+    active: torch.Tensor,
+    is_padding: torch.Tensor | None = None,
+    row_active: torch.Tensor | None = None,
+) -> None:
+    """Add one call with the active neurons ``active`` [rows, d_ff] to ``counters`` [2, 4] and, per row, to ``row_active``.
+
+    Rows of padding are left out.
+    """
     if active.shape[0] == 0:
         return
     rows, steps = active.shape[0], 1
@@ -31,6 +40,8 @@ def count(counters: torch.Tensor, path: int, active: torch.Tensor, is_padding: t
     counters[path, ACTIVE] += active.sum()
     counters[path, UNION] += active.any(dim=0).sum()
     counters[path, STEPS] += steps
+    if row_active is not None:
+        row_active[: active.shape[0]] += active.sum(dim=1, dtype=torch.int32)
 
 
 def count_views(counters: torch.Tensor, views: list[torch.Tensor], is_padding: torch.Tensor | None = None) -> None:
@@ -54,6 +65,7 @@ def sparse_gated_ffn(
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = (gate * active * up) @ down_t in float32 throughout, rounded once to the dtype of x: the definition.
 
@@ -65,6 +77,7 @@ def sparse_gated_ffn(
         counters: int64 [2, 4], counted as the sparse path.
         is_padding: bool [rows], the rows that are not counted and whose y is 0; None for none.
         drelu: the up value must be above the threshold, too.
+        row_active: int32, at least [rows], to which each row's active neurons are added; None for not counting them.
     """
     d_ff = down_t.shape[0]
     x = without_padding(x, is_padding)
@@ -72,7 +85,7 @@ def sparse_gated_ffn(
     active = active_neurons(gate, threshold)
     if drelu:
         active = active & active_neurons(up, threshold)
-    count(counters, SPARSE, active, is_padding)
+    count(counters, SPARSE, active, is_padding, row_active)
     return (_products(gate, up, active, drelu) @ down_t.float()).to(x.dtype)
 
 
@@ -84,9 +97,10 @@ def dense_gated_ffn(
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in the dtype of x, operation by operation as vLLM's dense FATReLU MLP does it; counted as the dense path."""
-    return gated_activation(F.linear(x, gate_up), threshold, counters, is_padding, drelu) @ down_t
+    return gated_activation(F.linear(x, gate_up), threshold, counters, is_padding, drelu, row_active) @ down_t
 
 
 def gated_activation(
@@ -95,6 +109,7 @@ def gated_activation(
     counters: torch.Tensor,
     is_padding: torch.Tensor | None = None,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h = gate * active * up [rows, d_ff] from gate and up values [rows, 2 * d_ff], in their dtype; counted as the dense path."""
     gate, up = without_padding(gate_up_out, is_padding).chunk(2, dim=1)
@@ -103,7 +118,7 @@ def gated_activation(
         views.append(active_neurons(up, threshold))
         count_views(counters, views, is_padding)
     active = views[0] & views[-1]
-    count(counters, DENSE, active, is_padding)
+    count(counters, DENSE, active, is_padding, row_active)
     return _products(gate, up, active, drelu)
 
 

@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.ffn import native, paths
+from sparse_backend.vllm_plugin.cost import LayerTable
 from sparse_backend.vllm_plugin.snapshot import KernelRecord
 
 
@@ -25,6 +26,14 @@ class PluginSettings(BaseModel):
     """Per layer; filled in by the first model that resolves ``ffn_path``."""
     densities: list[float] | None = None
     """Per layer, what "auto" goes by; None takes those the checkpoint's manifest tells."""
+    count_rows: bool = False
+    """Count the active neurons of each row for our scheduler, which must be in use."""
+
+
+def plugin_settings(vllm_config: VllmConfig) -> PluginSettings:
+    """Our part of the configuration."""
+    additional = cast(dict[str, object], vllm_config.additional_config)
+    return PluginSettings.model_validate(additional.get("prosparse", {}))
 
 
 def max_sparse_rows_per_layer(vllm_config: VllmConfig) -> list[int]:
@@ -33,11 +42,10 @@ def max_sparse_rows_per_layer(vllm_config: VllmConfig) -> list[int]:
     The limits end up as constants in compiled graphs. They are written back into ``additional_config``, which is part of vLLM's
     compilation cache key: a table that was measured anew must not meet a graph compiled for the old one.
     """
-    additional = cast(dict[str, object], vllm_config.additional_config)
-    settings = PluginSettings.model_validate(additional.get("prosparse", {}))
+    settings = plugin_settings(vllm_config)
     if settings.max_sparse_rows is None:
         settings.max_sparse_rows = _resolve(vllm_config, settings)
-        additional["prosparse"] = settings.model_dump()
+        cast(dict[str, object], vllm_config.additional_config)["prosparse"] = settings.model_dump()
     return settings.max_sparse_rows
 
 
@@ -69,3 +77,14 @@ def _resolve(vllm_config: VllmConfig, settings: PluginSettings) -> list[int]:
         paths.max_sparse_rows(model.dtype, d_model, d_ff, density, device_type)
         for density in densities or [None] * n_layers
     ]
+
+
+def layer_table(vllm_config: VllmConfig) -> LayerTable:
+    """What ``ffn_path`` auto went by; empty with another setting, for which nothing was measured."""
+    model, device_type = vllm_config.model_config, current_platform.device_type
+    d_model: int = model.hf_config.hidden_size
+    automatic = plugin_settings(vllm_config).ffn_path == "auto"
+    if not automatic or paths.largest_sparse_rows(model.dtype, d_model, device_type) == 0:
+        return LayerTable([], [])
+    d_ff = model.hf_config.intermediate_size // get_tensor_model_parallel_world_size()
+    return LayerTable.of(paths.path_table(model.dtype, d_model, d_ff, device_type).timings)

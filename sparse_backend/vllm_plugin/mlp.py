@@ -51,14 +51,11 @@ class SparseGatedMLP(nn.Module):
         on_cpu = current_platform.is_cpu()
         self.gated_ffn = sparse_gated_ffn if on_cpu else sparse_gated_ffn_of_real_rows
         self.gated_activation = gated_activation if on_cpu else gated_activation_of_real_rows
+        self.row_active: torch.Tensor | None
+        self.register_buffer("row_active", None, persistent=False)
         self.register_buffer(
             "counters", counters.new_counters(torch.get_default_device(), drelu=self.drelu), persistent=False
         )
-
-    @property
-    def neuron_bytes(self) -> int:
-        """Bytes of one neuron's row in one of the matrices gate, up and down."""
-        return self.gate_up_proj.weight[0].nbytes
 
     def make_neuron_major(self) -> None:
         """Transpose down_proj once, in place of the original, so that a neuron's down weights are contiguous."""
@@ -86,11 +83,17 @@ class SparseGatedMLP(nn.Module):
             # Kernels read gate weights ahead of what was queued before them.
             torch.cuda.synchronize()
 
+    def count_rows(self, row_active: torch.Tensor) -> None:
+        """From now on, add each row's active neurons to ``row_active``, int32, which other layers may share."""
+        self.row_active = row_active
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map hidden states [rows, d_model] to [rows, d_model], same dtype."""
         if self.dense_reason:
             gate_up, _ = self.gate_up_proj(x)
-            h = self.gated_activation(gate_up, self.threshold, self.counters, drelu=self.drelu)
+            h = self.gated_activation(
+                gate_up, self.threshold, self.counters, drelu=self.drelu, row_active=self.row_active
+            )
             y, _ = self.down_proj(h)
             return y
         y = self.gated_ffn(
@@ -101,5 +104,6 @@ class SparseGatedMLP(nn.Module):
             self.counters,
             self.max_sparse_rows,
             drelu=self.drelu,
+            row_active=self.row_active,
         )
         return tensor_model_parallel_all_reduce(y) if self.tp_size > 1 else y

@@ -19,11 +19,12 @@ logger = logging.getLogger(__name__)
 _library = torch.library.Library("prosparse", "FRAGMENT")
 _library.define(
     "sparse_gated_ffn_of_real_rows(Tensor x, Tensor gate_up, Tensor down_t, float threshold, Tensor(a!) counters,"
-    " int max_sparse_rows, bool drelu=False) -> Tensor",
+    " int max_sparse_rows, bool drelu=False, Tensor(b!)? row_active=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
-    "gated_activation_of_real_rows(Tensor gate_up_out, float threshold, Tensor(a!) counters, bool drelu=False) -> Tensor",
+    "gated_activation_of_real_rows(Tensor gate_up_out, float threshold, Tensor(a!) counters, bool drelu=False,"
+    " Tensor(b!)? row_active=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
@@ -36,21 +37,26 @@ def sparse_gated_ffn_of_real_rows(
     counters: torch.Tensor,
     max_sparse_rows: int,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``sparse_gated_ffn``, but rows that are padding of the current step are neither computed nor counted: their y is 0.
 
     Arguments, result and errors are those of ``sparse_backend.ffn.sparse_gated_ffn``.
     """
     return torch.ops.prosparse.sparse_gated_ffn_of_real_rows(
-        x, gate_up, down_t, threshold, counters, max_sparse_rows, drelu
+        x, gate_up, down_t, threshold, counters, max_sparse_rows, drelu, row_active
     )
 
 
 def gated_activation_of_real_rows(
-    gate_up_out: torch.Tensor, threshold: float, counters: torch.Tensor, drelu: bool = False
+    gate_up_out: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``gated_activation``, likewise."""
-    return torch.ops.prosparse.gated_activation_of_real_rows(gate_up_out, threshold, counters, drelu)
+    return torch.ops.prosparse.gated_activation_of_real_rows(gate_up_out, threshold, counters, drelu, row_active)
 
 
 def mask_is_refreshed() -> bool:
@@ -82,14 +88,21 @@ def _of_real_rows(
     counters: torch.Tensor,
     max_sparse_rows: int,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return sparse_gated_ffn(x, gate_up, down_t, threshold, counters, max_sparse_rows, _current_mask(), drelu)
+    return sparse_gated_ffn(
+        x, gate_up, down_t, threshold, counters, max_sparse_rows, _current_mask(), drelu, row_active
+    )
 
 
 def _activation_of_real_rows(
-    gate_up_out: torch.Tensor, threshold: float, counters: torch.Tensor, drelu: bool = False
+    gate_up_out: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return gated_activation(gate_up_out, threshold, counters, _current_mask(), drelu)
+    return gated_activation(gate_up_out, threshold, counters, _current_mask(), drelu, row_active)
 
 
 _library.impl("sparse_gated_ffn_of_real_rows", _of_real_rows, "CompositeExplicitAutograd")
@@ -105,10 +118,17 @@ def _(
     counters: torch.Tensor,
     max_sparse_rows: int,
     drelu: bool = False,
+    row_active: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(x)
 
 
 @torch.library.register_fake("prosparse::gated_activation_of_real_rows", lib=_library)
-def _(gate_up_out: torch.Tensor, threshold: float, counters: torch.Tensor, drelu: bool = False) -> torch.Tensor:
+def _(
+    gate_up_out: torch.Tensor,
+    threshold: float,
+    counters: torch.Tensor,
+    drelu: bool = False,
+    row_active: torch.Tensor | None = None,
+) -> torch.Tensor:
     return gate_up_out.new_empty((gate_up_out.shape[0], gate_up_out.shape[1] // 2))

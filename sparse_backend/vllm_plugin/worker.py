@@ -43,6 +43,8 @@ class SparsityWorkerExtension:
         """Set all counters to zero. Called once the engine is ready, so that warm-up rows are not counted."""
         for mlp in self._sparse_mlps():
             mlp.counters.zero_()
+        if hasattr(model := self.model_runner.get_model(), "reset_row_counts"):
+            model.reset_row_counts()
 
     def _copy_counters(self) -> CounterCopy:
         return CounterCopy([mlp.counters for mlp in self._sparse_mlps()])
@@ -53,9 +55,10 @@ class SparsityWorkerExtension:
         for mlp, counts in layers:
             if mlp.drelu:
                 mlp.put_sparser_view_first(counts[VIEWS])
+        d_model = model.hf_config.hidden_size
         return {
-            "kernel": kernel_record(self.device.type, model.dtype, model.hf_config.hidden_size),
-            "layers": [_layer_snapshot(mlp, counts) for mlp, counts in layers],
+            "kernel": kernel_record(self.device.type, model.dtype, d_model),
+            "layers": [_layer_snapshot(mlp, d_model * model.dtype.itemsize, counts) for mlp, counts in layers],
         }
 
 
@@ -72,11 +75,11 @@ def path_counts(counts: list[list[int]]) -> dict[Path, PathCounts]:
     }
 
 
-def _layer_snapshot(mlp: SparseGatedMLP, counts: list[list[int]]) -> LayerSnapshot:
+def _layer_snapshot(mlp: SparseGatedMLP, neuron_bytes: int, counts: list[list[int]]) -> LayerSnapshot:
     return {
         "layer": str(mlp.layer_index),
         "d_ff": mlp.d_ff,
-        "neuron_bytes": mlp.neuron_bytes,
+        "neuron_bytes": neuron_bytes,
         "max_sparse_rows": mlp.max_sparse_rows,
         "dense_reason": mlp.dense_reason,
         "paths": path_counts(counts),

@@ -67,6 +67,17 @@ class Case:
         y = op.sparse_gated_ffn(self.x, *weights, counted, max_sparse_rows, is_padding, self.drelu)
         return y, counted
 
+    def run_row_active(
+        self, max_sparse_rows: int, row_active: torch.Tensor, is_padding: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``run``; each row's active neurons are added to ``row_active``."""
+        counted = counters.new_counters(self.x.device, drelu=self.drelu)
+        weights = (self.gate_up, self.down_t, self.threshold)
+        y = op.sparse_gated_ffn(
+            self.x, *weights, counted, max_sparse_rows, is_padding, self.drelu, row_active=row_active
+        )
+        return y, counted
+
     def gates(self, max_sparse_rows: int) -> torch.Tensor:
         """The gate values the op compares."""
         return op.gate_values(self.x, self.gate_up, max_sparse_rows)

@@ -45,6 +45,35 @@ def test_gate_values_are_the_products(isa: str, dtype: torch.dtype) -> None:
     assert torch.all((values.double() - exact).abs() <= 520 * torch.finfo(torch.float32).eps * magnitude)
 
 
+@both_dtypes
+@both_paths
+@pytest.mark.parametrize("drelu", [False, True], ids=["relu", "drelu"])
+@pytest.mark.parametrize("rows", [1, 3, 16, 33, 70])
+def test_each_row_is_counted_and_nothing_else_changes(
+    isa: str, dtype: torch.dtype, path: int, rows: int, drelu: bool
+) -> None:
+    case = Case.random(rows, 136, 1032, dtype, density=0.2, threshold=0.3, drelu=drelu)
+    row_active = torch.arange(rows + 2, dtype=torch.int32)
+    y, counted = case.run_row_active(path, row_active)
+    of_row = case.active(path).sum(dim=1)
+    assert row_active.tolist() == [*(torch.arange(rows) + of_row).tolist(), rows, rows + 1]
+    without = case.run(path)
+    assert torch.equal(y, without[0])
+    assert torch.equal(counted, without[1])
+
+
+@both_paths
+@pytest.mark.parametrize("padded", [[], [0], [2, 3, 6], [0, 1, 2, 3, 4, 5, 6]], ids=["none", "one", "three", "all"])
+def test_rows_of_padding_add_nothing_to_their_place(path: int, padded: list[int]) -> None:
+    case = Case.random(7, 72, 128, torch.bfloat16)
+    of_row = reference.active_neurons(case.gates(path), case.threshold).sum(dim=1)
+    is_padding = torch.zeros(7, dtype=torch.bool)
+    is_padding[padded] = True
+    row_active = torch.zeros(7, dtype=torch.int32)
+    case.run_row_active(path, row_active, is_padding)
+    assert row_active.tolist() == of_row.masked_fill(is_padding, 0).tolist()
+
+
 def test_counters_are_cumulative_and_per_path() -> None:
     case = Case.random(4, 64, 128, torch.float32)
     counted = counters.new_counters()
@@ -233,6 +262,8 @@ def test_opcheck(dtype: torch.dtype, path: int) -> None:
     torch.library.opcheck(torch.ops.prosparse.sparse_gated_ffn.default, arguments)
     with_padding = (*arguments, torch.tensor([False, True, False]))
     torch.library.opcheck(torch.ops.prosparse.sparse_gated_ffn.default, with_padding)
+    with_row_active = (*with_padding, False, torch.zeros(8, dtype=torch.int32))
+    torch.library.opcheck(torch.ops.prosparse.sparse_gated_ffn.default, with_row_active)
     torch.library.opcheck(torch.ops.prosparse.sparse_gate.default, (case.x, case.gate_up))
 
 
@@ -317,6 +348,12 @@ BAD = {
         torch.zeros(5, dtype=torch.bool),
         r"is_padding must be a contiguous bool tensor of shape \[rows\] = \[4\]",
     ),
+    "row_active of another dtype": (
+        "row_active",
+        torch.zeros(4),
+        r"row_active must be a contiguous int32 tensor of at least \[rows\] = \[4\]",
+    ),
+    "row_active too short": ("row_active", torch.zeros(3, dtype=torch.int32), "row_active must be"),
     "is_padding not contiguous": ("is_padding", torch.zeros(8, dtype=torch.bool)[::2], "is_padding must be"),
 }
 

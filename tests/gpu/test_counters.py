@@ -1,10 +1,13 @@
 """The counters on a GPU: a plain count of the gate values compared, whose sides of the threshold float64 confirms."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from sparse_backend.ffn import counters, gated_activation, native, op, reference
 from sparse_backend.ffn.counters import ROWS, SPARSE, STEPS, UNION
+from sparse_backend.vllm_plugin.row_counts import RowCountsReader, RowCountsWriter
 from tests.ffn.layers import ALL_DENSE, ALL_SPARSE, Case
 from tests.gpu.device import NEEDS_GPU, both_dtypes, both_paths, index_of, padding
 
@@ -159,6 +162,61 @@ def test_rows_of_padding_are_not_counted(rows: int, path: int, dtype: torch.dtyp
         real = rows - len(set(padded))
         assert counted[:, ROWS].sum() == real
         assert counted[:, STEPS].sum() == min(real, 1)
+
+
+@both_dtypes
+@both_paths
+@pytest.mark.parametrize("drelu", [False, True], ids=["relu", "drelu"])
+@pytest.mark.parametrize("shape", [(8, 8), (136, 264), (520, 1000), (4096, 11008)], ids=str)
+def test_each_row_is_counted_and_nothing_else_changes(
+    shape: tuple[int, int], path: int, dtype: torch.dtype, drelu: bool
+) -> None:
+    for density in (0.0, 0.107, 1.0):
+        case = Case.random(2100, *shape, dtype, density=density, threshold=0.3, device="cuda", drelu=drelu)
+        for rows in (*range(1, 35), 64, 255, 300, 2100):
+            some = case.first_rows(rows)
+            of_row = some.active(path).sum(dim=1)
+            row_active = torch.arange(rows + 2, dtype=torch.int32, device="cuda")
+            y, counted = some.run_row_active(path, row_active)
+            assert torch.equal(row_active[:rows], torch.arange(rows, device="cuda") + of_row), (rows, density)
+            assert row_active[rows:].tolist() == [rows, rows + 1]
+            without = some.run(path)
+            assert torch.equal(y, without[0])
+            assert torch.equal(counted, without[1])
+
+
+@both_paths
+@pytest.mark.parametrize("rows", [1, 7, 16, 33, 300])
+def test_rows_of_padding_add_nothing_to_their_place(rows: int, path: int) -> None:
+    case = Case.random(rows, 136, 1000, torch.bfloat16, density=0.2, device="cuda")
+    of_row = reference.active_neurons(case.gates(path), case.threshold).sum(dim=1)
+    for padded in ([], [0], [rows - 1], list(range(0, rows, 3)), list(range(rows))):
+        is_padding = padding(rows, padded)
+        row_active = torch.zeros(rows, dtype=torch.int32, device="cuda")
+        case.run_row_active(path, row_active, is_padding)
+        assert torch.equal(row_active, of_row.masked_fill(is_padding, 0).int())
+
+
+def test_row_counts_of_a_replayed_graph_reach_shared_memory(tmp_path: Path) -> None:
+    case = Case.random(5, 136, 264, torch.bfloat16, device="cuda")
+    counted = counters.new_counters("cuda")
+    row_active = torch.zeros(16, dtype=torch.int32, device="cuda")
+    arguments = (case.x, case.gate_up, case.down_t, case.threshold, counted, ALL_SPARSE, None, False, row_active)
+    op.sparse_gated_ffn(*arguments)
+    facts = {"neurons": 264, "max_sparse_rows": [16], "sparse_us": [], "dense_us": []}
+    writer = RowCountsWriter(tmp_path / "rows", counted, row_active, facts)
+    reader = RowCountsReader(tmp_path / "rows")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op.sparse_gated_ffn(*arguments)
+    counted.zero_()
+    writer.reset()
+    of_row = reference.active_neurons(case.gates(ALL_SPARSE), case.threshold).sum(dim=1).tolist()
+    for _ in range(20):
+        graph.replay()
+        writer.publish()
+        torch.cuda.synchronize()
+        assert reader.next_step(5).tolist() == of_row
 
 
 @both_paths

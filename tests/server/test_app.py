@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from server.admission import Admission
 from server.app import api_app, inner_chain, operations_app, operations_routers, outer_chain
 from server.auth import KeyRing
+from server.batching import BatchingTelemetry
 from server.health import FrontDoor, Health
 from server.metrics import ServerMetrics
 from server.paths import DOCUMENTATION_PATHS
@@ -35,7 +36,7 @@ def build(*keys: str, **flags) -> httpx.AsyncClient:
     policy = RequestPolicy(settings, 512)
     door.api = inner_chain(api_app(operations), settings, policy, KeyRates(settings), admission, metrics)
     health.ready(Engine())
-    chain = outer_chain(door, settings, KeyRing(keys), metrics, lambda line: None)
+    chain = outer_chain(door, settings, KeyRing(keys), metrics, BatchingTelemetry("fcfs"), lambda line: None)
     return httpx.AsyncClient(transport=httpx.ASGITransport(chain), base_url="http://server")
 
 
@@ -56,7 +57,17 @@ async def test_the_openapi_page_documents_probes_and_metrics():
 
 @pytest.mark.parametrize(
     "path",
-    ["/metrics", "/v1/models", *DOCUMENTATION_PATHS, "/unknown", "//livez", "/livez/", "/metrics/", "/static/x"],
+    [
+        "/metrics",
+        "/v1/models",
+        *DOCUMENTATION_PATHS,
+        "/unknown",
+        "/livez/",
+        "/metrics/",
+        "/static/x",
+        "/page/",
+        "/page/x.js",
+    ],
 )
 async def test_with_keys_everything_but_the_probes_needs_one(path):
     async with build("k") as client:

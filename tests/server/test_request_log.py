@@ -29,7 +29,7 @@ async def app(scope, receive, send):
 async def ask(metrics, path="/v1/completions", *, app=app, prompts=False, ids=()):
     lines: list[str] = []
     connection = Connection(path, headers=tuple((b"x-request-id", value) for value in ids))
-    answer = await connection.ask(RequestLog(app, metrics, lines.append, prompts=prompts))
+    answer = await connection.ask(RequestLog(app, metrics, {"my-id.7": 0.1234567}.get, lines.append, prompts=prompts))
     return answer, connection, [json.loads(line) for line in lines]
 
 
@@ -49,6 +49,7 @@ async def test_one_line_a_request(metrics):
         "output_tokens": 10,
         "ttft_seconds": 0.5,
         "itl_seconds": pytest.approx(0.1),
+        "density": 0.12346,
     }
     count = metrics.registry.get_sample_value(
         "sparse_http_requests_total", {"path": "/v1/completions", "status": "418"}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from vllm.forward_context import ForwardContext, override_forward_context
 
-from sparse_backend.ffn import counters, sparse_gated_ffn
-from sparse_backend.ffn.counters import DENSE, ROWS, SPARSE, STEPS
+from sparse_backend.ffn import counters, gated_activation, sparse_gated_ffn
+from sparse_backend.ffn.counters import ACTIVE, DENSE, ROWS, SPARSE, STEPS
 from sparse_backend.vllm_plugin import padding
-from sparse_backend.vllm_plugin.padding import sparse_gated_ffn_of_real_rows
+from sparse_backend.vllm_plugin.padding import gated_activation_of_real_rows, sparse_gated_ffn_of_real_rows
 
 ROWS_OF_STEP, D_MODEL, D_FF = 6, 16, 64
 
@@ -88,6 +88,29 @@ def test_compiled_code_reads_the_marks_of_each_step(layer):
     assert counted[:, STEPS].sum() == 2
 
 
+def test_compiled_layers_share_the_counts_of_rows(layer):
+    x, *weights = layer
+    layers = [counters.new_counters() for _ in range(3)]
+    row_active, expected = (torch.zeros(ROWS_OF_STEP, dtype=torch.int32) for _ in range(2))
+
+    @torch.compile(fullgraph=True)
+    def compiled(x):
+        for counted in layers:
+            x = x + sparse_gated_ffn_of_real_rows(x, *weights, counted, 4, row_active=row_active)
+        return x
+
+    for real_rows in (2, 5):
+        with context(mask(real_rows)):
+            compiled(x)
+            y = x
+            for _ in layers:
+                y = y + sparse_gated_ffn_of_real_rows(y, *weights, counters.new_counters(), 4, row_active=expected)
+    assert expected[:2].all()
+    assert not expected[5:].any()
+    assert row_active.tolist() == expected.tolist()
+    assert sum(counted[:, ACTIVE].sum() for counted in layers) == expected.sum()
+
+
 def test_both_paths_are_reached(layer):
     counted = counters.new_counters()
     with context(mask(3)):
@@ -100,5 +123,25 @@ def test_both_paths_are_reached(layer):
 def test_opcheck(layer):
     with context(mask(4)):
         torch.library.opcheck(
-            torch.ops.prosparse.sparse_gated_ffn_of_real_rows.default, (*layer, counters.new_counters(), 4)
+            torch.ops.prosparse.sparse_gated_ffn_of_real_rows.default,
+            (*layer, counters.new_counters(), 4, False, torch.zeros(8, dtype=torch.int32)),
         )
+
+
+@pytest.mark.parametrize("drelu", [False, True])
+def test_the_activation_leaves_padding_out_too(layer, drelu):
+    x, gate_up = layer[:2]
+    gate_up_out = x @ gate_up.t()
+    counted, expected_counted = (counters.new_counters(drelu=drelu) for _ in range(2))
+    row_active = torch.zeros(ROWS_OF_STEP, dtype=torch.int32)
+    with context(mask(4)):
+        h = gated_activation_of_real_rows(gate_up_out, 0.5, counted, drelu, row_active)
+        torch.library.opcheck(
+            torch.ops.prosparse.gated_activation_of_real_rows.default,
+            (gate_up_out, 0.5, counters.new_counters(drelu=drelu), drelu, torch.zeros(8, dtype=torch.int32)),
+        )
+    expected = gated_activation(gate_up_out[:4].clone(), 0.5, expected_counted, None, drelu)
+    assert torch.equal(h[:4], expected)
+    assert not h[4:].any()
+    assert counted.equal(expected_counted)
+    assert row_active.sum() == counted[:2, ACTIVE].sum()

@@ -35,6 +35,11 @@ inline void check_matrix(const Tensor& tensor, const char* name, const Tensor& x
                   " must start at a multiple of ", kAlignment, " bytes; pass a copy instead of a view");
 }
 
+// What row_active points to, or null.
+inline int32_t* row_counts(const std::optional<Tensor>& row_active) {
+  return row_active ? static_cast<int32_t*>(row_active->mutable_data_ptr()) : nullptr;
+}
+
 // Each binding checks the dtype of x itself: it depends on the device.
 inline Sizes check_gate(const Tensor& x, const Tensor& gate_up) {
   check_matrix(x, "x", x);
@@ -49,8 +54,8 @@ inline Sizes check_gate(const Tensor& x, const Tensor& gate_up) {
 }
 
 // x [rows, d_model] of the layer, or gate_up_out [rows, 2 * d_ff].
-inline void check_activation(const Tensor& x, double threshold, const Tensor& counters,
-                             const std::optional<Tensor>& is_padding, bool drelu) {
+inline void check_activation(const Tensor& x, double threshold, const Tensor& counters, const std::optional<Tensor>& is_padding,
+                             bool drelu, const std::optional<Tensor>& row_active) {
   const int64_t paths = drelu ? 3 : 2;
   STD_TORCH_CHECK(std::isfinite(threshold) && threshold >= 0, "threshold must be finite and not negative, but it is ", threshold);
   STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.is_contiguous() && counters.dim() == 2 &&
@@ -63,26 +68,34 @@ inline void check_activation(const Tensor& x, double threshold, const Tensor& co
                     "is_padding must be a contiguous bool tensor of shape [rows] = [", x.size(0), "]");
     check_device(*is_padding, "is_padding", x);
   }
+  if (row_active) {
+    STD_TORCH_CHECK(row_active->scalar_type() == ScalarType::Int && row_active->is_contiguous() && row_active->dim() == 1 &&
+                        row_active->size(0) >= x.size(0),
+                    "row_active must be a contiguous int32 tensor of at least [rows] = [", x.size(0), "]");
+    check_device(*row_active, "row_active", x);
+  }
 }
 
 // The sizes of gate_up_out [rows, 2 * d_ff]; d_model is not known from it, and 0.
 inline Sizes check_gated_activation(const Tensor& gate_up_out, double threshold, const Tensor& counters,
-                                    const std::optional<Tensor>& is_padding, bool drelu) {
+                                    const std::optional<Tensor>& is_padding, bool drelu,
+                                    const std::optional<Tensor>& row_active) {
   check_matrix(gate_up_out, "gate_up_out", gate_up_out);
   const int64_t columns = gate_up_out.size(1);
   STD_TORCH_CHECK(columns > 0 && columns % 16 == 0, "gate_up_out must have 2 * d_ff columns, d_ff a positive multiple of 8, but it has ",
                   columns);
-  check_activation(gate_up_out, threshold, counters, is_padding, drelu);
+  check_activation(gate_up_out, threshold, counters, is_padding, drelu, row_active);
   return {gate_up_out.size(0), 0, columns / 2};
 }
 
 inline Sizes check_gated_ffn(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, double threshold,
-                             const Tensor& counters, const std::optional<Tensor>& is_padding, bool drelu) {
+                             const Tensor& counters, const std::optional<Tensor>& is_padding, bool drelu,
+                             const std::optional<Tensor>& row_active) {
   const Sizes sizes = check_gate(x, gate_up);
   check_matrix(down_t, "down_t", x);
   STD_TORCH_CHECK(down_t.size(0) == sizes.d_ff && down_t.size(1) == sizes.d_model, "down_t must be [d_ff, d_model] = [",
                   sizes.d_ff, ", ", sizes.d_model, "], but it is [", down_t.size(0), ", ", down_t.size(1), "]");
-  check_activation(x, threshold, counters, is_padding, drelu);
+  check_activation(x, threshold, counters, is_padding, drelu, row_active);
   return sizes;
 }
 

@@ -17,6 +17,7 @@ namespace {
 
 using prosparse::linear;
 using prosparse::matrix;
+using prosparse::row_counts;
 using prosparse::Sizes;
 using prosparse::cpu::Counts;
 using prosparse::cpu::Dtype;
@@ -57,7 +58,7 @@ void count(const Tensor& counters, bool sparse, int64_t rows, const Counts& coun
 
 // y of rows none of which is padding.
 Tensor compute(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, float threshold, const Tensor& counters,
-               bool sparse, bool drelu) {
+               int32_t* row_active, bool sparse, bool drelu) {
   const Shape shape{x.size(0), x.size(1), down_t.size(0)};
   const Dtype dtype = dtype_of(x);
   const ThreadPool pool = torch_threads();
@@ -67,12 +68,12 @@ Tensor compute(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, flo
   Counts counts;
   if (sparse) {
     counts = kernels().launch_sparse_ffn(dtype, shape, x.const_data_ptr(), gate_up.const_data_ptr(), down_t.const_data_ptr(),
-                                         threshold, drelu, y.mutable_data_ptr(), pool);
+                                         threshold, drelu, y.mutable_data_ptr(), row_active, pool);
   } else {
     const Tensor gate_up_out = linear(x, gate_up);
     Tensor h = matrix(x, shape.rows, shape.d_ff, x.scalar_type());
-    counts =
-        kernels().launch_activation(dtype, shape, gate_up_out.const_data_ptr(), threshold, drelu, h.mutable_data_ptr(), pool);
+    counts = kernels().launch_activation(dtype, shape, gate_up_out.const_data_ptr(), threshold, drelu, h.mutable_data_ptr(),
+                                         row_active, pool);
     if (dtype == Dtype::kBFloat16 && kernels().launch_down_bf16) {
       kernels().launch_down_bf16(shape, h.const_data_ptr(), down_t.const_data_ptr(), y.mutable_data_ptr(), pool);
     } else {
@@ -84,11 +85,12 @@ Tensor compute(const Tensor& x, const Tensor& gate_up, const Tensor& down_t, flo
 }
 
 Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshold, Tensor counters, int64_t max_sparse_rows,
-                        std::optional<Tensor> is_padding, bool drelu) {
+                        std::optional<Tensor> is_padding, bool drelu, std::optional<Tensor> row_active) {
   dtype_of(x);
-  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, drelu);
+  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, drelu, row_active);
   const float limit = static_cast<float>(threshold);
   const bool sparse = sizes.rows <= max_sparse_rows;
+  int32_t* const all_counts = row_counts(row_active);
   std::vector<int64_t> real;
   if (is_padding) {
     const bool* const padding = static_cast<const bool*>(is_padding->const_data_ptr());
@@ -97,7 +99,7 @@ Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshol
     }
   }
   const int64_t real_rows = static_cast<int64_t>(real.size());
-  if (!is_padding || real_rows == sizes.rows) return compute(x, gate_up, down_t, limit, counters, sparse, drelu);
+  if (!is_padding || real_rows == sizes.rows) return compute(x, gate_up, down_t, limit, counters, all_counts, sparse, drelu);
 
   const size_t row_bytes = sizes.d_model * (x.scalar_type() == ScalarType::Float ? 4 : 2);
   Tensor packed = matrix(x, real_rows, sizes.d_model, x.scalar_type());
@@ -105,12 +107,14 @@ Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshol
     std::memcpy(static_cast<char*>(packed.mutable_data_ptr()) + index * row_bytes,
                 static_cast<const char*>(x.const_data_ptr()) + real[index] * row_bytes, row_bytes);
   }
-  const Tensor packed_y = compute(packed, gate_up, down_t, limit, counters, sparse, drelu);
+  std::vector<int32_t> packed_counts(real_rows);
+  const Tensor packed_y = compute(packed, gate_up, down_t, limit, counters, packed_counts.data(), sparse, drelu);
   Tensor y = matrix(x, sizes.rows, sizes.d_model, x.scalar_type());
   std::memset(y.mutable_data_ptr(), 0, sizes.rows * row_bytes);
   for (int64_t index = 0; index < real_rows; ++index) {
     std::memcpy(static_cast<char*>(y.mutable_data_ptr()) + real[index] * row_bytes,
                 static_cast<const char*>(packed_y.const_data_ptr()) + index * row_bytes, row_bytes);
+    if (all_counts) all_counts[real[index]] += packed_counts[index];
   }
   return y;
 }
@@ -124,9 +128,10 @@ Tensor sparse_gate(Tensor x, Tensor gate_up) {
   return gates;
 }
 
-Tensor gated_activation(Tensor gate_up_out, double threshold, Tensor counters, std::optional<Tensor> is_padding, bool drelu) {
+Tensor gated_activation(Tensor gate_up_out, double threshold, Tensor counters, std::optional<Tensor> is_padding, bool drelu,
+                        std::optional<Tensor> row_active) {
   const Dtype dtype = dtype_of(gate_up_out);
-  const Sizes sizes = prosparse::check_gated_activation(gate_up_out, threshold, counters, is_padding, drelu);
+  const Sizes sizes = prosparse::check_gated_activation(gate_up_out, threshold, counters, is_padding, drelu, row_active);
   Tensor h = matrix(gate_up_out, sizes.rows, sizes.d_ff, gate_up_out.scalar_type());
   Tensor input = gate_up_out;
   int64_t real_rows = sizes.rows;
@@ -143,7 +148,7 @@ Tensor gated_activation(Tensor gate_up_out, double threshold, Tensor counters, s
   }
   const Counts counts =
       kernels().launch_activation(dtype, {sizes.rows, 0, sizes.d_ff}, input.const_data_ptr(), static_cast<float>(threshold),
-                                  drelu, h.mutable_data_ptr(), torch_threads());
+                                  drelu, h.mutable_data_ptr(), row_counts(row_active), torch_threads());
   if (real_rows > 0) count(counters, false, real_rows, counts, drelu);
   return h;
 }

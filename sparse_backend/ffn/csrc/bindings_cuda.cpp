@@ -21,6 +21,7 @@ namespace {
 
 using prosparse::linear;
 using prosparse::matrix;
+using prosparse::row_counts;
 using prosparse::Sizes;
 using prosparse::cuda::Dtype;
 using prosparse::cuda::Shape;
@@ -81,21 +82,22 @@ Tensor workspace(const Tensor& x, size_t bytes) {
 
 // h of the dense path; the counters are checked.
 Tensor activate(Dtype dtype, const Shape& shape, const Tensor& gate_up_out, double threshold, const Tensor& counters,
-                const std::optional<Tensor>& is_padding, bool drelu, cudaStream_t stream) {
+                const std::optional<Tensor>& is_padding, bool drelu, const std::optional<Tensor>& row_active,
+                cudaStream_t stream) {
   const Tensor h = matrix(gate_up_out, shape.rows, shape.d_ff, gate_up_out.scalar_type());
   const Tensor scratch = workspace(gate_up_out, prosparse::cuda::activation_workspace(shape));
   check(prosparse::cuda::launch_activation(dtype, shape, gate_up_out.const_data_ptr(), static_cast<float>(threshold), drelu,
                                            marks(is_padding), h.mutable_data_ptr(),
-                                           static_cast<int64_t*>(counters.mutable_data_ptr()) + 4, scratch.mutable_data_ptr(),
-                                           stream),
+                                           static_cast<int64_t*>(counters.mutable_data_ptr()) + 4, row_counts(row_active),
+                                           scratch.mutable_data_ptr(), stream),
         "the activation kernel");
   return h;
 }
 
 Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshold, Tensor counters, int64_t max_sparse_rows,
-                        std::optional<Tensor> is_padding, bool drelu) {
+                        std::optional<Tensor> is_padding, bool drelu, std::optional<Tensor> row_active) {
   const Dtype dtype = dtype_of(x);
-  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, drelu);
+  const Sizes sizes = prosparse::check_gated_ffn(x, gate_up, down_t, threshold, counters, is_padding, drelu, row_active);
   const Shape shape{sizes.rows, sizes.d_model, sizes.d_ff};
   const OnDeviceOf on_device(x);
 
@@ -105,21 +107,23 @@ Tensor sparse_gated_ffn(Tensor x, Tensor gate_up, Tensor down_t, double threshol
     const Tensor scratch = workspace(x, prosparse::cuda::sparse_ffn_workspace(dtype, shape));
     check(prosparse::cuda::launch_sparse_ffn(dtype, shape, x.const_data_ptr(), gate_up.const_data_ptr(), down_t.const_data_ptr(),
                                              static_cast<float>(threshold), drelu, marks(is_padding), y.mutable_data_ptr(),
-                                             static_cast<int64_t*>(counters.mutable_data_ptr()), scratch.mutable_data_ptr(),
-                                             on_device.stream()),
+                                             static_cast<int64_t*>(counters.mutable_data_ptr()), row_counts(row_active),
+                                             scratch.mutable_data_ptr(), on_device.stream()),
           "the sparse feed-forward kernel");
     return y;
   }
   const Tensor gate_up_out = linear(x, gate_up);
-  const Tensor h = activate(dtype, shape, gate_up_out, threshold, counters, is_padding, drelu, on_device.stream());
+  const Tensor h = activate(dtype, shape, gate_up_out, threshold, counters, is_padding, drelu, row_active, on_device.stream());
   return torch::stable::matmul(h, down_t);
 }
 
-Tensor gated_activation(Tensor gate_up_out, double threshold, Tensor counters, std::optional<Tensor> is_padding, bool drelu) {
+Tensor gated_activation(Tensor gate_up_out, double threshold, Tensor counters, std::optional<Tensor> is_padding, bool drelu,
+                        std::optional<Tensor> row_active) {
   const Dtype dtype = dtype_of(gate_up_out);
-  const Sizes sizes = prosparse::check_gated_activation(gate_up_out, threshold, counters, is_padding, drelu);
+  const Sizes sizes = prosparse::check_gated_activation(gate_up_out, threshold, counters, is_padding, drelu, row_active);
   const OnDeviceOf on_device(gate_up_out);
-  return activate(dtype, {sizes.rows, 0, sizes.d_ff}, gate_up_out, threshold, counters, is_padding, drelu, on_device.stream());
+  return activate(dtype, {sizes.rows, 0, sizes.d_ff}, gate_up_out, threshold, counters, is_padding, drelu, row_active,
+                  on_device.stream());
 }
 
 Tensor sparse_gate(Tensor x, Tensor gate_up) {

@@ -151,7 +151,7 @@ void add_neurons(const SparseRoom<K>& room, int thread, Range range, const typen
 template <class K, bool kDReLU>
 int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64_t d_ff, const typename K::Weight* x,
                      const typename K::Weight* gate_up, const typename K::Weight* down_t, float threshold,
-                     typename K::Weight* y, ThreadPool pool, int threads) {
+                     typename K::Weight* y, int32_t* row_counts, ThreadPool pool, int threads) {
   room.input.fill(x, rows, d_model);
 
   auto find_active = [&](int thread) {
@@ -211,6 +211,7 @@ int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64
     int64_t row_active = 0;
     for (int thread = 0; thread < threads; ++thread) row_active += room.row_active(thread)[r];
     active += row_active;
+    if (row_counts) row_counts[r] += static_cast<int32_t>(row_active);
     if constexpr (kDReLU) continue;
     bool finite = true;
     for (int64_t c = 0; c < d_model; ++c) finite &= is_finite(x[r * d_model + c]);
@@ -225,7 +226,8 @@ int64_t sparse_chunk(const SparseRoom<K>& room, int rows, int64_t d_model, int64
 
 template <class K>
 Counts sparse_ffn(Shape shape, const typename K::Weight* x, const typename K::Weight* gate_up,
-                  const typename K::Weight* down_t, float threshold, bool drelu, typename K::Weight* y, ThreadPool pool) {
+                  const typename K::Weight* down_t, float threshold, bool drelu, typename K::Weight* y,
+                  int32_t* row_active, ThreadPool pool) {
   const auto [rows, d_model, d_ff] = shape;
   const int threads = useful_threads(pool, d_ff * d_model * static_cast<int64_t>(sizeof(typename K::Weight)));
   const int chunk = static_cast<int>(smaller<int64_t>(rows, kChunkRows));
@@ -237,7 +239,7 @@ Counts sparse_ffn(Shape shape, const typename K::Weight* x, const typename K::We
   for (int64_t start = 0; start < rows; start += chunk) {
     const int count = static_cast<int>(smaller<int64_t>(chunk, rows - start));
     counts.active += compute(room, count, d_model, d_ff, x + start * d_model, gate_up, down_t, threshold, y + start * d_model,
-                             pool, threads);
+                             row_active ? row_active + start : nullptr, pool, threads);
   }
   for (int64_t n = 0; n < d_ff; ++n) counts.union_neurons += room.in_union[n];
   return counts;
@@ -279,7 +281,7 @@ void gate_values(Shape shape, const typename K::Weight* x, const typename K::Wei
 // ---- dense path --------------------------------------------------------------------------------------------------------------
 
 template <class Element, bool kDReLU>
-Counts activation(Shape shape, const Element* gate_up_out, float threshold, Element* h, ThreadPool pool) {
+Counts activation(Shape shape, const Element* gate_up_out, float threshold, Element* h, int32_t* row_counts, ThreadPool pool) {
   constexpr int64_t kBlock = 512;
   const auto [rows, d_model, d_ff] = shape;
   const int threads = useful_threads(pool, rows * d_ff * 2 * static_cast<int64_t>(sizeof(Element)));
@@ -316,6 +318,8 @@ Counts activation(Shape shape, const Element* gate_up_out, float threshold, Elem
           row_active += active;
         }
         counts.active += row_active;
+        // Threads share the neurons of a row out.
+        if (row_counts) __atomic_fetch_add(row_counts + r, row_active, __ATOMIC_RELAXED);
         if constexpr (kDReLU) counts.views[0] += views[0], counts.views[1] += views[1];
       }
       for (int64_t n = 0; n < width; ++n) counts.union_neurons += in_union[n];
@@ -333,9 +337,10 @@ Counts activation(Shape shape, const Element* gate_up_out, float threshold, Elem
 }
 
 template <class Element>
-Counts launch_activation(Shape shape, const void* gate_up_out, float threshold, bool drelu, void* h, ThreadPool pool) {
+Counts launch_activation(Shape shape, const void* gate_up_out, float threshold, bool drelu, void* h, int32_t* row_active,
+                         ThreadPool pool) {
   const auto compute = drelu ? activation<Element, true> : activation<Element, false>;
-  return compute(shape, static_cast<const Element*>(gate_up_out), threshold, static_cast<Element*>(h), pool);
+  return compute(shape, static_cast<const Element*>(gate_up_out), threshold, static_cast<Element*>(h), row_active, pool);
 }
 
 constexpr int kDenseRows = 256;     // rows and neurons of one block
@@ -433,20 +438,21 @@ constexpr Kernels make_kernels(const char* isa) {
   return {
       isa,
       [](Dtype dtype, Shape shape, const void* x, const void* gate_up, const void* down_t, float threshold, bool drelu,
-         void* y, ThreadPool pool) {
+         void* y, int32_t* row_active, ThreadPool pool) {
         return dtype == Dtype::kBFloat16
                    ? sparse_ffn<Bf16>(shape, as<uint16_t>(x), as<uint16_t>(gate_up), as<uint16_t>(down_t), threshold, drelu,
-                                      static_cast<uint16_t*>(y), pool)
+                                      static_cast<uint16_t*>(y), row_active, pool)
                    : sparse_ffn<F32>(shape, as<float>(x), as<float>(gate_up), as<float>(down_t), threshold, drelu,
-                                     static_cast<float*>(y), pool);
+                                     static_cast<float*>(y), row_active, pool);
       },
       [](Dtype dtype, Shape shape, const void* x, const void* gate_up, float* gates, ThreadPool pool) {
         dtype == Dtype::kBFloat16 ? gate_values<Bf16>(shape, as<uint16_t>(x), as<uint16_t>(gate_up), gates, pool)
                                   : gate_values<F32>(shape, as<float>(x), as<float>(gate_up), gates, pool);
       },
-      [](Dtype dtype, Shape shape, const void* gate_up_out, float threshold, bool drelu, void* h, ThreadPool pool) {
-        return dtype == Dtype::kBFloat16 ? launch_activation<uint16_t>(shape, gate_up_out, threshold, drelu, h, pool)
-                                         : launch_activation<float>(shape, gate_up_out, threshold, drelu, h, pool);
+      [](Dtype dtype, Shape shape, const void* gate_up_out, float threshold, bool drelu, void* h,
+         int32_t* row_active, ThreadPool pool) {
+        return dtype == Dtype::kBFloat16 ? launch_activation<uint16_t>(shape, gate_up_out, threshold, drelu, h, row_active, pool)
+                                         : launch_activation<float>(shape, gate_up_out, threshold, drelu, h, row_active, pool);
       },
       kDown,
   };

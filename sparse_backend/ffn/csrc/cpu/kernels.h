@@ -31,7 +31,7 @@ struct Counts {
 
 // All matrices are row-major and contiguous, and hold the dtype's elements. A neuron is active unless gate <= threshold, compared
 // in float32: it is strictly above, or NaN, so that a NaN shows in the output. With drelu its up value must be so, too. Same input
-// and same number of threads, same bits.
+// and same number of threads, same bits. row_active [rows]: each row's active neurons are added, unless it is null.
 struct Kernels {
   const char* isa;
 
@@ -39,13 +39,14 @@ struct Kernels {
   // Reads every gate row, and of up and down_t the rows of the union only; with drelu of up the rows of neurons whose gate some
   // row has above the threshold.
   Counts (*launch_sparse_ffn)(Dtype, Shape, const void* x, const void* gate_up, const void* down_t, float threshold,
-                              bool drelu, void* y, ThreadPool);
+                              bool drelu, void* y, int32_t* row_active, ThreadPool);
 
   // The gate values that launch_sparse_ffn compares, by the same code: gate_up as above, gates [rows, d_ff].
   void (*launch_gate)(Dtype, Shape, const void* x, const void* gate_up, float* gates, ThreadPool);
 
   // h = (active ? gate : 0) * up for the dense path, with drelu active ? gate * up : 0: gate_up_out [rows, 2 * d_ff], h [rows, d_ff].
-  Counts (*launch_activation)(Dtype, Shape, const void* gate_up_out, float threshold, bool drelu, void* h, ThreadPool);
+  Counts (*launch_activation)(Dtype, Shape, const void* gate_up_out, float threshold, bool drelu, void* h,
+                              int32_t* row_active, ThreadPool);
 
   // y = h @ down_t in bfloat16 for the dense path: h [rows, d_ff], down_t [d_ff, d_model], y [rows, d_model]. oneDNN takes up to
   // twice as long for down_t as for the layout of a checkpoint, [d_model, d_ff]; this does not. Null where torch does better.

@@ -72,7 +72,7 @@ __device__ __forceinline__ uint4 activate(const uint4& gate, const uint4& up, fl
 template <class Element, bool kDReLU>
 __global__ void __launch_bounds__(kMaxThreads)
     activation_kernel(int64_t rows, int64_t vectors, const uint4* gate_up_out, float threshold, const bool* is_padding,
-                      uint4* h, int64_t* counters) {
+                      uint4* h, int64_t* counters, int32_t* row_active) {
   wait_for_predecessor();
   const int column = threadIdx.x % kStripe;
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * kStripe + column;
@@ -82,36 +82,44 @@ __global__ void __launch_bounds__(kMaxThreads)
   unsigned in_union = 0;
   unsigned real_rows = 0;
   unsigned counted_views[2] = {0, 0};
-  if (vector < vectors) {
-    for (int64_t first = threadIdx.x / kStripe; first < rows; first += kRowsInFlight * row_step) {
-      uint4 gates[kRowsInFlight] = {};
-      uint4 ups[kRowsInFlight] = {};
-      bool is_real[kRowsInFlight] = {};
+  const bool inside = vector < vectors;
+  // Lanes outside take part in the sums over a row's lanes.
+  const unsigned row_lanes = ((1u << kStripe) - 1) << (threadIdx.x % kWarp / kStripe * kStripe);
+  for (int64_t first = threadIdx.x / kStripe; first < rows; first += kRowsInFlight * row_step) {
+    uint4 gates[kRowsInFlight] = {};
+    uint4 ups[kRowsInFlight] = {};
+    bool is_real[kRowsInFlight] = {};
 #pragma unroll
-      for (int i = 0; i < kRowsInFlight; ++i) {
-        const int64_t row = first + i * row_step;
-        if (row < rows) {
-          gates[i] = gate_up_out[2 * row * vectors + vector];
-          ups[i] = gate_up_out[(2 * row + 1) * vectors + vector];
-          is_real[i] = !(is_padding && is_padding[row]);
-        }
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      const int64_t row = first + i * row_step;
+      if (inside && row < rows) {
+        gates[i] = gate_up_out[2 * row * vectors + vector];
+        ups[i] = gate_up_out[(2 * row + 1) * vectors + vector];
+        is_real[i] = !(is_padding && is_padding[row]);
       }
+    }
 #pragma unroll
-      for (int i = 0; i < kRowsInFlight; ++i) {
-        const int64_t row = first + i * row_step;
-        if (row < rows) {
-          unsigned bits, views[2];
-          const uint4 products = activate<Element, kDReLU>(gates[i], ups[i], threshold, bits, views);
-          h[row * vectors + vector] = is_real[i] ? products : uint4{};
-          if constexpr (kDReLU) {
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      const int64_t row = first + i * row_step;
+      unsigned bits = 0;
+      if (inside && row < rows) {
+        unsigned views[2];
+        const uint4 products = activate<Element, kDReLU>(gates[i], ups[i], threshold, bits, views);
+        h[row * vectors + vector] = is_real[i] ? products : uint4{};
+        if constexpr (kDReLU) {
 #pragma unroll
-            for (int view = 0; view < 2; ++view) counted_views[view] += is_real[i] ? __popc(views[view]) : 0;
-          }
-          bits = is_real[i] ? bits : 0;
-          active += __popc(bits);
-          in_union |= bits;
-          real_rows += is_real[i];
+          for (int view = 0; view < 2; ++view) counted_views[view] += is_real[i] ? __popc(views[view]) : 0;
         }
+        bits = is_real[i] ? bits : 0;
+        active += __popc(bits);
+        in_union |= bits;
+        real_rows += is_real[i];
+      }
+      if (row_active) {
+        unsigned of_row = __popc(bits);
+#pragma unroll
+        for (int distance = 1; distance < kStripe; distance *= 2) of_row += __shfl_xor_sync(row_lanes, of_row, distance);
+        if (column == 0 && of_row) atomicAdd(row_active + row, static_cast<int>(of_row));
       }
     }
   }
@@ -164,14 +172,14 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <class Element>
 cudaError_t launch_typed(const Shape& shape, const void* gate_up_out, float threshold, bool drelu, const bool* is_padding, void* h,
-                         int64_t* counters, cudaStream_t stream) {
+                         int64_t* counters, int32_t* row_active, cudaStream_t stream) {
   const int64_t vectors = shape.d_ff * static_cast<int64_t>(sizeof(Element)) / static_cast<int64_t>(sizeof(uint4));
   const int64_t stripes = (vectors + kStripe - 1) / kStripe;
   const int64_t threads = std::min<int64_t>((shape.rows * kStripe + kWarp - 1) / kWarp * kWarp, kMaxThreads);
   const auto kernel = drelu ? activation_kernel<Element, true> : activation_kernel<Element, false>;
   return launch_early(kernel, dim3(static_cast<unsigned>(stripes)), dim3(static_cast<unsigned>(threads)), 0,
                       stream, shape.rows, vectors, static_cast<const uint4*>(gate_up_out), threshold, is_padding,
-                      static_cast<uint4*>(h), counters);
+                      static_cast<uint4*>(h), counters, row_active);
 }
 
 }  // namespace
@@ -179,15 +187,16 @@ cudaError_t launch_typed(const Shape& shape, const void* gate_up_out, float thre
 size_t activation_workspace(const Shape&) { return 0; }
 
 cudaError_t launch_activation(Dtype dtype, const Shape& shape, const void* gate_up_out, float threshold, bool drelu,
-                              const bool* is_padding, void* h, int64_t* counters, void* /*workspace*/, cudaStream_t stream) {
+                              const bool* is_padding, void* h, int64_t* counters, int32_t* row_active, void* /*workspace*/,
+                              cudaStream_t stream) {
   if (shape.rows == 0) return cudaSuccess;
   switch (dtype) {
     case Dtype::kBFloat16:
-      return launch_typed<__nv_bfloat16>(shape, gate_up_out, threshold, drelu, is_padding, h, counters, stream);
+      return launch_typed<__nv_bfloat16>(shape, gate_up_out, threshold, drelu, is_padding, h, counters, row_active, stream);
     case Dtype::kFloat16:
-      return launch_typed<__half>(shape, gate_up_out, threshold, drelu, is_padding, h, counters, stream);
+      return launch_typed<__half>(shape, gate_up_out, threshold, drelu, is_padding, h, counters, row_active, stream);
     case Dtype::kFloat32:
-      return launch_typed<float>(shape, gate_up_out, threshold, drelu, is_padding, h, counters, stream);
+      return launch_typed<float>(shape, gate_up_out, threshold, drelu, is_padding, h, counters, row_active, stream);
   }
   return cudaErrorInvalidValue;
 }

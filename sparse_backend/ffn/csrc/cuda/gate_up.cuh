@@ -52,6 +52,7 @@ struct GateUpArguments {
   const void* gate_up;  // [2 d_ff, d_model]
   const bool* is_padding;
   int64_t* counters;
+  int32_t* row_active;  // [rows], or null
   float* gates;  // [rows, d_ff] to write gate values and nothing else, or null
   Passes passes;
   int rows;
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
   __shared__ bool queue_is_last[kQueue];  // of its gate pass, with dReLU
   __shared__ int queue_tail;
   __shared__ uint32_t wanted;  // of the gate pass that has just been computed
-  __shared__ int counted_active, counted_union;
+  __shared__ int counted_active[kColumns], counted_union;  // active by row
 
   struct Pass {
     int first;  // neuron, or number in the queue
@@ -201,7 +202,8 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
     for (int i = lane; i < h_chunks; i += kWarp)
       static_cast<Chunk*>(arguments.h)[blockIdx.x * h_chunks + i] = {kMissing, kMissing, kMissing, kMissing};
   }
-  if (threadIdx.x == 0) queue_tail = 0, wanted = 0, counted_active = counted_union = 0;
+  if (threadIdx.x == 0) queue_tail = 0, wanted = 0, counted_union = 0;
+  if (threadIdx.x < kColumns) counted_active[threadIdx.x] = 0;
   if (threadIdx.x < kQueue) queue_is_last[threadIdx.x] = false;
   __syncthreads();
   int gate_passes_ended = 0;
@@ -263,8 +265,9 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
         if (lane == 0 && rows_active) {
           const int place = queue_place[number];
           atomicOr(arguments.masks + blockIdx.x * gate_passes + place / kPassRows, 1u << place % kPassRows);
-          atomicAdd(&counted_active, __popc(rows_active)), atomicAdd(&counted_union, 1);
+          atomicAdd(&counted_union, 1);
         }
+        if (has_h && lane < kColumns) atomicAdd(counted_active + lane, 1);
       }
       if (inside && lane < kColumns)
         store_relaxed(static_cast<T*>(arguments.h) + (blockIdx.x * gate_passes * kPassRows + queue_place[number]) * kColumns + lane,
@@ -283,10 +286,11 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
           queue_neuron[number] = current.first + warp;
           queue_place[number] = gate_passes_ended * kPassRows + warp;
           atomicOr(&wanted, 1u << warp);
-          if (rows_active && !drelu) atomicAdd(&counted_active, __popc(rows_active)), atomicAdd(&counted_union, 1);
+          if (rows_active && !drelu) atomicAdd(&counted_union, 1);
         }
         number = __shfl_sync(kAllLanes, number, 0);
         if (lane < kColumns) queue_gate[number][lane] = active ? value : 0.0f;
+        if (lane < kColumns && active && !drelu) atomicAdd(counted_active + lane, 1);
       }
       ++gate_passes_ended;
     }
@@ -334,11 +338,15 @@ __global__ void __launch_bounds__(kGateUpThreads, 1) gate_up_kernel(const GateUp
 
   wait_for_copies<0>();
   if (arguments.gates) return;
-  if (threadIdx.x == 0) {
+  if (warp > 0) return;
+  const int of_row = lane < kColumns ? counted_active[lane] : 0;
+  const int of_block = __reduce_add_sync(kAllLanes, of_row);
+  if (arguments.row_active && of_row) atomicAdd(arguments.row_active + lane, of_row);
+  if (lane == 0) {
     const auto add = [&](int kind, int count) {
       atomicAdd(reinterpret_cast<unsigned long long*>(arguments.counters) + kind, static_cast<unsigned long long>(count));
     };
-    if (counted_active) add(1, counted_active);
+    if (of_block) add(1, of_block);
     if (counted_union) add(2, counted_union);
     if (blockIdx.x == 0) {
       int real_rows = rows;

@@ -33,9 +33,10 @@ size_t sparse_ffn_workspace(Dtype dtype, const Shape& shape);
 //   is, down rows where some row's gate and up value are.
 //   is_padding [rows]: rows to leave out, whose y becomes 0; may be null.
 //   counters [4]: this call's rows, active neurons, union neurons and 1 step are added.
+//   row_active [rows]: each row's active neurons are added, modulo 2^32; may be null.
 cudaError_t launch_sparse_ffn(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, const void* down_t,
-                              float threshold, bool drelu, const bool* is_padding, void* y, int64_t* counters, void* workspace,
-                              cudaStream_t stream);
+                              float threshold, bool drelu, const bool* is_padding, void* y, int64_t* counters, int32_t* row_active,
+                              void* workspace, cudaStream_t stream);
 
 // The gate values [rows, d_ff] that launch_sparse_ffn compares with the threshold, by the same code.
 cudaError_t launch_gate(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, float* gates,
@@ -46,9 +47,10 @@ size_t activation_workspace(const Shape& shape);
 
 // The middle of the dense path: h [rows, d_ff] = gate * active * up from gate_up_out [rows, 2 * d_ff], any number of rows; in the
 // dtype, as the dense reference rounds. Rows that are padding get h = 0 and are not counted. counters: as above; with drelu [8],
-// of which the last four get rows, gates above the threshold and up values above it.
+// of which the last four get rows, gates above the threshold and up values above it. row_active: as above.
 cudaError_t launch_activation(Dtype dtype, const Shape& shape, const void* gate_up_out, float threshold, bool drelu,
-                              const bool* is_padding, void* h, int64_t* counters, void* workspace, cudaStream_t stream);
+                              const bool* is_padding, void* h, int64_t* counters, int32_t* row_active, void* workspace,
+                              cudaStream_t stream);
 
 // The widest row launch_add_rms_norm takes.
 constexpr int64_t kMaxNormWidth = 32768;

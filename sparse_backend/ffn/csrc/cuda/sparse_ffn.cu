@@ -136,11 +136,12 @@ size_t sparse_ffn_workspace(Dtype, const Shape& shape) {
 }
 
 cudaError_t launch_sparse_ffn(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, const void* down_t,
-                              float threshold, bool drelu, const bool* is_padding, void* y, int64_t* counters, void* workspace,
-                              cudaStream_t stream) {
+                              float threshold, bool drelu, const bool* is_padding, void* y, int64_t* counters, int32_t* row_active,
+                              void* workspace, cudaStream_t stream) {
   Call call{shape, {}, down_t, y, workspace, stream};
   call.first.x = x, call.first.gate_up = gate_up, call.first.is_padding = is_padding;
-  call.first.counters = counters, call.first.threshold = threshold, call.first.drelu = drelu;
+  call.first.counters = counters, call.first.row_active = row_active;
+  call.first.threshold = threshold, call.first.drelu = drelu;
   return run(dtype, call);
 }
 

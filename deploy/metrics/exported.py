@@ -6,6 +6,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Metric
 
 from server.admission import Admission
+from server.batching import BatchingTelemetry
 from server.errors import RefusalError
 from server.health import Health
 from server.metrics import ServerMetrics
@@ -55,7 +56,24 @@ def _servers() -> CollectorRegistry:
     metrics.serves("demo")
     metrics.answered("/v1/completions", 200)
     metrics.rejected(RefusalError(429, "", reason="queue_requests"))
+    metrics.registry.register(_batching())
     return metrics.registry
+
+
+def _batching() -> BatchingTelemetry:
+    """Of a scheduler that has finished a request and once lacked something."""
+    batching = BatchingTelemetry("sparse")
+    batching.take(
+        {
+            "replica": 0,
+            "decisions": {"admit": 1},
+            "fallbacks": {"counters": 1},
+            "errors": {"sparse": 0.1, "dense": 0.1},
+            "running": [],
+            "finished": [{"id": "chatcmpl-1-00000000", "density": 0.1, "rows": 1}],
+        }
+    )
+    return batching
 
 
 def vllms() -> list[Metric]:
@@ -81,6 +99,7 @@ def _busy(rows: int) -> SparsitySnapshot:
                 "d_ff": 8,
                 "neuron_bytes": 16,
                 "max_sparse_rows": 1,
+                "dense_reason": "",
                 "paths": dict.fromkeys(PATHS, counts),
             }
         ],

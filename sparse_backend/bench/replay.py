@@ -1,0 +1,136 @@
+"""Replays requests against a running server and notes when each token came."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import httpx
+
+from sparse_backend.bench.trace import TraceRequest
+
+_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one request."""
+
+    traffic_class: str
+    sent_s: float
+    """After the start of the replay."""
+    status: int
+    """Of the answer; 0 if there was none."""
+    ttft_s: float | None = None
+    itl_s: list[float] = field(default_factory=list)
+    """Times between tokens."""
+    tokens: int = 0
+    """Of the answer."""
+    ended_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to send, and how many to ask for."""
+
+    request: TraceRequest
+    tokens: Sequence[int]
+
+
+class Router(Protocol):
+    """Decides which of several servers a request goes to."""
+
+    def begin(self, traffic_class: str) -> int:
+        """Index of the server for a new request, which is counted as its own from now on."""
+
+    def end(self, index: int, traffic_class: str) -> None:
+        """A request has left a server."""
+
+
+class OneServer:
+    """No choice."""
+
+    def begin(self, traffic_class: str) -> int:
+        """Zero."""
+        return 0
+
+    def end(self, index: int, traffic_class: str) -> None:
+        """Nothing to note."""
+
+
+class Client:
+    """Of one server, or of several with the same model."""
+
+    def __init__(self, urls: Sequence[str], model: str, router: Router) -> None:
+        self._urls, self._model, self._router = urls, model, router
+
+    async def replay(self, prompts: Sequence[Prompt]) -> list[Outcome]:
+        """Send each prompt at its time, whatever came of those before it."""
+        async with self._connect() as http:
+            start = time.perf_counter()
+
+            async def one(prompt: Prompt) -> Outcome:
+                await asyncio.sleep(start + prompt.request.at_s - time.perf_counter())
+                return await self._send(http, prompt, start)
+
+            return list(await asyncio.gather(*map(one, prompts)))
+
+    async def saturate(self, prompts: Sequence[Prompt], at_once: int, seconds: float) -> list[Outcome]:
+        """Keep ``at_once`` requests going for so long, prompts over again where they run out; those cut off are left out."""
+        async with self._connect() as http:
+            start = time.perf_counter()
+            outcomes: list[Outcome] = []
+
+            async def worker(first: int) -> None:
+                index = first
+                while True:
+                    outcomes.append(await self._send(http, prompts[index % len(prompts)], start))
+                    index += at_once
+
+            workers = [asyncio.create_task(worker(index)) for index in range(at_once)]
+            await asyncio.wait(workers, timeout=seconds)
+            for task in workers:
+                task.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            return outcomes
+
+    def _connect(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=1024)
+        return httpx.AsyncClient(timeout=_TIMEOUT_S, limits=limits)
+
+    async def _send(self, http: httpx.AsyncClient, prompt: Prompt, start: float) -> Outcome:
+        request = prompt.request
+        body = {
+            "model": self._model,
+            "prompt": list(prompt.tokens),
+            "max_tokens": request.output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        sent = time.perf_counter()
+        status, times = 0, []
+        server = self._router.begin(request.traffic_class)
+        try:
+            async with http.stream("POST", f"{self._urls[server]}/v1/completions", json=body) as response:
+                status = response.status_code
+                async for data in response.aiter_bytes():
+                    # An event is a token; the last one says that there are no more.
+                    events = data.count(b"data: {")
+                    times.extend([time.perf_counter()] * events)
+        except httpx.HTTPError:
+            status = 0
+        finally:
+            self._router.end(server, request.traffic_class)
+        ended = time.perf_counter()
+        if status != 200 or not times:
+            return Outcome(request.traffic_class, sent - start, status, ended_s=ended - start)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        return Outcome(request.traffic_class, sent - start, status, times[0] - sent, gaps, len(times), ended - start)
+
+
+def metrics(url: str) -> str:
+    """The server's metrics page."""
+    return httpx.get(f"{url}/metrics", timeout=30).text

@@ -1,0 +1,90 @@
+"""What the server tells the scheduler, which runs in a process of its own, and what the scheduler tells the server."""
+
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Literal, Self, TypedDict, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sparse_backend.vllm_plugin import snapshot
+
+SETTINGS_VARIABLE = "PROSPARSE_BATCHING_SETTINGS"
+"""The settings, JSON. Not in vLLM's configuration, which is part of the key under which compiled graphs are kept."""
+
+LEVERS_VARIABLE = "PROSPARSE_BATCHING_LEVERS"
+"""What the sparse policy may do, for comparing; unset: what was measured to win."""
+
+SCHEDULER = "sparse_backend.vllm_plugin.scheduler.SparseScheduler"
+"""The scheduler class, by the name vLLM finds it under."""
+
+Decision = Literal["admit", "overtake", "hold", "chunk_full", "chunk_cut", "fcfs"]
+Lever = Literal["chunk", "cap", "bunch", "sparsest", "shortest"]
+LEVERS: tuple[Lever, ...] = get_args(Lever)
+Fallback = Literal["counters", "clock"]
+
+
+class BatchingSettings(BaseModel):
+    """How steps are put together; times in milliseconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: Literal["fcfs", "sparse"] = "fcfs"
+    itl_slo_ms: float | None = Field(None, gt=0)
+    ttft_slo_ms: float | None = Field(None, gt=0)
+    max_unfairness_ms: float = Field(100.0, ge=0)
+    levers: frozenset[Lever] = frozenset({"chunk"})
+    report_to: str | None = None
+    """Path of the datagram socket that reports go to."""
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """What the server set; the defaults without a server."""
+        settings = cls.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
+        levers = os.environ.get(LEVERS_VARIABLE)
+        return settings.model_copy(update={"levers": frozenset(levers.split(","))}) if levers else settings
+
+
+class FinishedRequest(TypedDict):
+    """One request that has its answer."""
+
+    id: str
+    """As vLLM's engine knows it."""
+    density: float
+    """Share of active neurons, mean over all its rows."""
+    rows: int
+
+
+class Report(TypedDict):
+    """What has come of it, of one replica."""
+
+    replica: int
+    decisions: dict[Decision, int]
+    """Since the start."""
+    fallbacks: dict[Fallback, int]
+    errors: dict[snapshot.Path, float]
+    """Median relative error of the predicted step times, of paths that were taken."""
+    running: list[float]
+    """Densities of the running requests."""
+    finished: list[FinishedRequest]
+    """Since the last report."""
+
+
+class Reporter:
+    """Sends reports; never waits, and drops one that nobody takes."""
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = str(path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def send(self, report: Report) -> None:
+        """Send one."""
+        with contextlib.suppress(OSError):
+            self._socket.sendto(json.dumps(report).encode(), self._path)
+
+    def close(self) -> None:
+        """Send no more."""
+        self._socket.close()

@@ -1,0 +1,233 @@
+"""How long a step takes: a model that starts from the kernels' measured tables and is fitted to the steps of the running engine.
+
+Dense and sparse steps follow different laws, so each path has a fit of its own. Both are sums of non-negative terms: a step never
+gets shorter by carrying more, and what has not been seen yet is extrapolated upwards. Residuals are relative, outliers are
+bounded (Huber), and each size of step keeps its own recent samples, so that the many small steps do not make the model forget
+the few large ones. What changes for all steps alike, such as another program on the machine, is followed by a factor.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from sparse_backend.ffn.paths import Timing
+from sparse_backend.vllm_plugin.snapshot import PATHS, Path
+
+Vector = npt.NDArray[np.float64]
+
+_SAMPLES_PER_SIZE = 64  # a size is a power of two of rows, with or without a prefill
+_REFIT_EVERY = 32
+_REFIT_AT_FIRST = 4  # while there are few samples
+_HUBER = 2.0  # residuals beyond so many times the median one count linearly
+_HUBER_ROUNDS = 3
+_PRIOR_SAMPLES = 1.0  # what the starting point weighs, for each coefficient
+_PACE_SAMPLES = 9
+_PACE_LIMITS = 0.5, 2.0
+_ERRORS = 256
+_MOST = 0.9
+_KNEES = 64, 256  # rows from which on a dense product is limited by arithmetic more and more
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a step's time depends on."""
+
+    rows: int
+    """Token rows, of decodes and prefills together."""
+    prefill_tokens: int = 0
+    context: int = 0
+    """Tokens in the caches that the decoding rows attend to, summed over them."""
+    prefill_context: int = 0
+    """For each token of a prefill the tokens before it, summed."""
+    union: float = 1.0
+    """Share of neurons active for at least one row, mean over layers."""
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """What was measured of one layer's time; either list may be empty."""
+
+    sparse: Sequence[tuple[int, float, float]]
+    """Rows, union, microseconds."""
+    dense: Sequence[tuple[int, float]]
+    """Rows, microseconds."""
+
+    @classmethod
+    def of(cls, timings: Mapping[float, Sequence[Timing]]) -> Self:
+        """From times by density, neurons being active independently."""
+        return cls(
+            sparse=[
+                (timing.rows, 1 - (1 - density) ** timing.rows, timing.sparse_us)
+                for density, of_density in timings.items()
+                for timing in of_density
+            ],
+            dense=[(timing.rows, timing.dense_us) for of_density in timings.values() for timing in of_density],
+        )
+
+
+def layer_scale(n_layers: int, d_model: int, d_ff: int, vocab_size: int) -> float:
+    """A LLaMA's weights over those of one of its feed-forward layers."""
+    layer = 3 * d_model * d_ff
+    return n_layers * (1 + 4 * d_model**2 / layer) + vocab_size * d_model / layer
+
+
+def union_of(densities: Sequence[float]) -> float:
+    """Share of neurons active for at least one of independent rows of these densities."""
+    return 1.0 - float(np.prod(1.0 - np.asarray(densities, dtype=np.float64)))
+
+
+def _sparse_terms(step: StepShape) -> list[float]:
+    return [1.0, step.union, float(step.rows), step.context * 1e-6]
+
+
+def _dense_terms(step: StepShape) -> list[float]:
+    return [
+        1.0,
+        float(step.rows),
+        *(float(max(0, step.rows - knee)) for knee in _KNEES),
+        float(step.prefill_tokens > 0),
+        step.context * 1e-6,
+        step.prefill_context * 1e-6,
+    ]
+
+
+_TERMS = {"sparse": _sparse_terms, "dense": _dense_terms}
+
+
+class StepCost:
+    """Predicts seconds per step, and learns from each.
+
+    Not for several threads.
+    """
+
+    def __init__(self, table: LayerTable, *, scale: float, max_sparse_rows: int) -> None:
+        """Start from the table.
+
+        Args:
+            table: times of one feed-forward layer.
+            scale: the model's weights over those of that layer.
+            max_sparse_rows: steps of at most this many rows take the sparse path.
+        """
+        self._max_sparse_rows = max_sparse_rows
+        self._fits = {path: _PathFit(_prior(path, table, scale)) for path in PATHS}
+
+    def path(self, step: StepShape) -> Path:
+        """The path a step takes."""
+        return "sparse" if step.rows <= self._max_sparse_rows else "dense"
+
+    def seconds(self, step: StepShape) -> float:
+        """How long the step will take."""
+        path = self.path(step)
+        return self._fits[path].seconds(_TERMS[path](step))
+
+    def most_seconds(self, step: StepShape) -> float:
+        """What nine of ten such steps stay below."""
+        path = self.path(step)
+        return self._fits[path].seconds(_TERMS[path](step)) * self._fits[path].excess
+
+    def observe(self, step: StepShape, seconds: float) -> None:
+        """Learn how long a step took; it also enters the error of the predictions."""
+        path = self.path(step)
+        self._fits[path].observe(_TERMS[path](step), (step.rows.bit_length(), step.prefill_tokens > 0), seconds)
+
+    def error(self, path: Path) -> float | None:
+        """Median of |predicted - taken| / taken over a path's last steps, predicted before they ran; None without any."""
+        return self._fits[path].error()
+
+    def observed(self, path: Path) -> int:
+        """Steps learnt from."""
+        return self._fits[path].observed
+
+
+def _prior(path: Path, table: LayerTable, scale: float) -> Vector:
+    """Coefficients in seconds: a least-squares fit to the table; a millisecond per step where there is none."""
+    if path == "sparse" and table.sparse:
+        terms = np.array([_sparse_terms(StepShape(rows, union=union)) for rows, union, _ in table.sparse])
+        times = np.array([us for _, _, us in table.sparse])
+    elif path == "dense" and table.dense:
+        terms = np.array([_dense_terms(StepShape(rows)) for rows, _ in table.dense])
+        times = np.array([us for _, us in table.dense])
+    else:
+        return np.array([1e-3] + [0.0] * (len(_TERMS[path](StepShape(1))) - 1))
+    weighted = terms / times[:, None]
+    return _nonnegative(weighted.T @ weighted, weighted.sum(axis=0)) * scale * 1e-6
+
+
+class _PathFit:
+    def __init__(self, prior: Vector) -> None:
+        self._prior = prior
+        self._coefficients = prior
+        self._places: dict[object, int] = {}
+        """Which ring is of which size."""
+        self._counts: list[int] = []
+        """Samples of each size so far."""
+        self._samples = np.empty((0, len(prior)))
+        """Terms over seconds: what a perfect fit maps to 1. Rings of ``_SAMPLES_PER_SIZE``, one for each size of step."""
+        self._latest: deque[Vector] = deque(maxlen=_PACE_SAMPLES)
+        """The same, of the latest steps whatever their size."""
+        self._errors: deque[float] = deque(maxlen=_ERRORS)
+        self._pace = 1.0
+        self.excess = 1.0
+        """What nine of ten steps took, over their prediction; at least 1."""
+        self.observed = 0
+
+    def seconds(self, terms: list[float]) -> float:
+        return float(self._coefficients @ terms) * self._pace
+
+    def observe(self, terms: list[float], size: object, seconds: float) -> None:
+        self._errors.append(abs(self.seconds(terms) / seconds - 1))
+        sample = np.array(terms) / seconds
+        self._keep(sample, size)
+        self._latest.append(sample)
+        self.observed += 1
+        if self.observed % (_REFIT_AT_FIRST if self.observed < _REFIT_EVERY else _REFIT_EVERY) == 0:
+            self._refit()
+        if len(self._latest) == _PACE_SAMPLES:
+            low, high = _PACE_LIMITS
+            self._pace = min(max(1 / max(float(np.median(self._latest @ self._coefficients)), 1e-9), low), high)
+
+    def error(self) -> float | None:
+        return statistics.median(self._errors) if self._errors else None
+
+    def _keep(self, sample: Vector, size: object) -> None:
+        place = self._places.get(size)
+        if place is None:
+            place = self._places[size] = len(self._counts)
+            self._counts.append(0)
+            self._samples = np.vstack([self._samples, np.zeros((_SAMPLES_PER_SIZE, len(sample)))])
+        self._samples[place * _SAMPLES_PER_SIZE + self._counts[place] % _SAMPLES_PER_SIZE] = sample
+        self._counts[place] += 1
+
+    def _refit(self) -> None:
+        samples = self._samples[self._samples.any(axis=1)]
+        weights = np.ones(len(samples))
+        # The starting point counts as a sample in each coefficient's own direction.
+        pull = _PRIOR_SAMPLES * np.maximum((samples * samples).mean(axis=0), 1e-30)
+        for _ in range(_HUBER_ROUNDS):
+            weighted = samples * weights[:, None]
+            fitted = _nonnegative(weighted.T @ samples + np.diag(pull), weighted.sum(axis=0) + pull * self._prior)
+            predicted = samples @ fitted
+            residuals = np.abs(predicted - 1)
+            weights = np.minimum(1, _HUBER * np.median(residuals) / np.maximum(residuals, 1e-12))
+        self.excess = max(1.0, 1 / max(float(np.quantile(predicted, 1 - _MOST)), 1e-3))
+        self._coefficients = fitted
+
+
+def _nonnegative(gram: Vector, moment: Vector) -> Vector:
+    """Least squares from its normal equations, without negative coefficients: negative ones are set to zero, worst first."""
+    kept = list(range(len(moment)))
+    result = np.zeros(len(moment))
+    while kept:
+        scale = np.sqrt(np.maximum(np.diag(gram)[kept], 1e-300))
+        scaled = gram[np.ix_(kept, kept)] / scale[:, None] / scale[None, :]
+        solved = np.linalg.lstsq(scaled, moment[kept] / scale, rcond=1e-12)[0]
+        if (solved >= 0).all():
+            result[kept] = solved / scale
+            break
+        kept.pop(int(np.argmin(solved)))
+    return result

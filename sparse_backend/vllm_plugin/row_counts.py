@@ -1,0 +1,172 @@
+"""Active neurons per row of a step, on their way from the worker to the scheduler: a file in shared memory.
+
+The layers add to one int32 per row of the step, and nobody sets it to zero: a step's counts are the difference of two readings,
+modulo 2^32. After each forward pass the worker queues a copy into the next of a few slots, behind the pass on the device's
+stream; nobody waits for it. By the time the scheduler is given the step's tokens, which are copied later, the counts are there.
+Which step a slot is of, the first layer's counters tell, copied along: their number of steps since they were last set to zero.
+
+Rank 0 of a tensor-parallel group writes, for its share of the neurons.
+"""
+
+import atexit
+import json
+import mmap
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparse_backend.ffn.counters import ROWS, STEPS, shape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_FOLDER = Path("/dev/shm")  # noqa: S108 - the name in it is this engine's own, and opened exclusively
+_SLOTS = 8  # more than steps can be under way
+_FACTS_BYTES = 1 << 16
+_PATHS_SHAPE = shape()
+_COUNTERS = _PATHS_SHAPE[0] * _PATHS_SHAPE[1]
+_PAGE = mmap.PAGESIZE
+
+
+class WorkerFacts(TypedDict):
+    """What the scheduler needs to know of the worker's layers."""
+
+    neurons: int
+    """Of all layers of this rank together."""
+    max_sparse_rows: list[int]
+    """Per layer of this rank, up to how many rows it takes the sparse path."""
+    sparse_us: list[tuple[int, float, float]]
+    """Measured for one layer on the sparse path: rows, share of neurons in their union, microseconds. Empty without a table."""
+    dense_us: list[tuple[int, float]]
+    """The same on the dense path: rows, microseconds."""
+
+
+def file_of(vllm_config: "VllmConfig") -> Path:
+    """The file of one engine; the replicas of data parallelism have one each."""
+    return _FOLDER / f"prosparse-{vllm_config.instance_id}-{vllm_config.parallel_config.data_parallel_index}"
+
+
+def most_rows(vllm_config: "VllmConfig") -> int:
+    """Rows of the widest step, padding included."""
+    largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_batched_tokens, largest_graph)
+
+
+def _slot_bytes(rows: int) -> int:
+    return -(-(8 * _COUNTERS + 4 * rows) // _PAGE) * _PAGE
+
+
+class RowCountsWriter:
+    """The worker's side."""
+
+    def __init__(self, file: Path, counters: torch.Tensor, row_active: torch.Tensor, facts: WorkerFacts) -> None:
+        """Create the file.
+
+        Args:
+            file: as ``file_of`` says; must not exist.
+            counters: of the worker's first layer, int64; their first rows, [2, 4], are of the two paths.
+            row_active: int32 [rows], what the layers add to.
+            facts: of the worker's layers.
+        """
+        self._sources = counters[: _PATHS_SHAPE[0]], row_active
+        rows = row_active.shape[0]
+        size = _FACTS_BYTES + _SLOTS * _slot_bytes(rows)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.ftruncate(descriptor, size)
+            self._memory = mmap.mmap(descriptor, size)
+            # Unless the scheduler has taken it away, as it does first thing.
+            atexit.register(file.unlink, missing_ok=True)
+        finally:
+            os.close(descriptor)
+        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+        if row_active.is_cuda:
+            # Only into pinned memory does a copy run beside the host.
+            error = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0)
+            if error.value:
+                raise RuntimeError(f"{file}: the memory for row counts cannot be pinned, {error}")
+        self._slots = []
+        for index in range(_SLOTS):
+            slot = whole[_FACTS_BYTES + index * _slot_bytes(rows) :]
+            self._slots.append(
+                (
+                    slot[: 8 * _COUNTERS].view(torch.int64).view(_PATHS_SHAPE),
+                    slot[8 * _COUNTERS : 8 * _COUNTERS + 4 * rows].view(torch.int32),
+                )
+            )
+        self._next = 0
+        text = json.dumps({**facts, "rows": rows}).encode()
+        self._memory[: len(text)] = text
+
+    def reset(self) -> None:
+        """Forget all rows; waits for the device, which must have nothing to do."""
+        self._sources[1].zero_()
+        if self._sources[1].is_cuda:
+            torch.cuda.synchronize()
+        for counters, row_active in self._slots:
+            counters.zero_()
+            row_active.zero_()
+
+    def publish(self) -> None:
+        """Queue a copy of the counts as they are after what was launched so far. Call it on the model's stream."""
+        for source, target in zip(reversed(self._sources), reversed(self._slots[self._next]), strict=True):
+            target.copy_(source, non_blocking=True)
+        self._next = (self._next + 1) % _SLOTS
+
+
+class RowCountsReader:
+    """The scheduler's side."""
+
+    def __init__(self, file: Path) -> None:
+        """Open the file and take its name away, so that it goes with the processes that have it open.
+
+        Raises:
+            OSError: there is none.
+        """
+        with file.open("r+b") as opened:
+            self._memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        file.unlink()
+        content = json.loads(self._memory[:_FACTS_BYTES].rstrip(b"\0"))
+        rows = content.pop("rows")
+        self.facts: WorkerFacts = content
+        self._counters, self._rows = [], []
+        for index in range(_SLOTS):
+            start = _FACTS_BYTES + index * _slot_bytes(rows)
+            self._counters.append(
+                np.frombuffer(self._memory, np.int64, _COUNTERS, start).reshape(_PATHS_SHAPE),
+            )
+            self._rows.append(np.frombuffer(self._memory, np.int32, rows, start + 8 * _COUNTERS))
+        self._step = 0
+        self._total_rows = 0
+        self._before = np.zeros(rows, np.int32)
+
+    def next_step(self, rows: int) -> npt.NDArray[np.int32] | None:
+        """Active neurons of each row of the next step, [rows], summed over layers; None if they are missing.
+
+        Missing are counts that never came, or are of another number of rows: then something else was computed than the steps the
+        caller knows of. The step after that is compared with what is there by then.
+
+        Args:
+            rows: of the step, padding not counted.
+        """
+        self._step += 1
+        for counters, row_active in zip(self._counters, self._rows, strict=True):
+            if int(counters[:, STEPS].sum()) == self._step:
+                # A copy of its own: the slot will be written again.
+                now, total_rows = row_active.copy(), int(counters[:, ROWS].sum())
+                counts = (now - self._before)[:rows]
+                fits = total_rows - self._total_rows == rows
+                self._before, self._total_rows = now, total_rows
+                return counts if fits else None
+        return None
+
+    def catch_up(self) -> None:
+        """After counts were missing: go on from the newest there are."""
+        newest = max(range(_SLOTS), key=lambda index: int(self._counters[index][:, STEPS].sum()))
+        self._step = int(self._counters[newest][:, STEPS].sum())
+        self._before = self._rows[newest].copy()
+        self._total_rows = int(self._counters[newest][:, ROWS].sum())

@@ -1,0 +1,299 @@
+"""vLLM's scheduler, told before each step how much the step is to carry.
+
+What is scheduled and how stays vLLM's: only its own limits are set (tokens of a step, whether requests are let in) and its
+waiting queue is put into another order. Where anything that we go by is missing, vLLM's own limits and order hold: first come,
+first served.
+"""
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from sparse_backend.vllm_plugin.batching import BatchingSettings, Decision, Fallback, FinishedRequest, Reporter
+from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale
+from sparse_backend.vllm_plugin.densities import Densities
+from sparse_backend.vllm_plugin.plan import Decode, Load, Planner, Prefill
+from sparse_backend.vllm_plugin.row_counts import RowCountsReader, file_of
+from sparse_backend.vllm_plugin.snapshot import PATHS
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_STEP_S = 30.0  # what seems to take longer was a clock that jumped, or a machine that slept
+_STEPS_TO_TRUST = 32  # without a fault, after one
+_REPORT_EVERY_S = 0.5
+_EXPECTED_DENSITY = 0.107  # as assumed of a checkpoint without a manifest
+
+_WARNINGS: dict[Fallback, str] = {
+    "counters": "the layers' counters of a step did not arrive",
+    "clock": "the clock jumped during a step",
+}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One under way."""
+
+    shape: StepShape
+    scheduled_at: float
+    after_idle: bool
+
+
+class SparseScheduler(AsyncScheduler):
+    """Chooses what each step carries by its predicted time; see ``plan.Planner``."""
+
+    max_num_scheduled_tokens: int
+    max_num_active_reqs: int
+    waiting: RequestQueue
+
+    def __init__(self, *args: Any, clock: Callable[[], float] = time.perf_counter, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = BatchingSettings.from_environment()
+        self._clock = clock
+        self._vllm_tokens, self._vllm_requests = self.max_num_scheduled_tokens, self.max_num_active_reqs
+        try:
+            self._counts: RowCountsReader | None = RowCountsReader(file_of(self.vllm_config))
+        except OSError:
+            self._counts = None
+        self._densities = Densities(_EXPECTED_DENSITY)
+        self._planner = Planner(self._settings, self._new_cost())
+        self._under_way: deque[_Step] = deque()
+        self._arrived: dict[str, float] = {}
+        self._finished: list[FinishedRequest] = []
+        self._done_at = 0.0
+        self._idle = True
+        self._distrusted_for = 0
+        self._fault: Fallback | None = None
+        self._warned: set[Fallback] = set()
+        self.decisions: Counter[Decision] = Counter()
+        """Since the start."""
+        self.fallbacks: Counter[Fallback] = Counter()
+        self._reporter = Reporter(self._settings.report_to) if self._settings.report_to else None
+        self._reported_at = 0.0
+        self._check_objectives()
+
+    # ---- what vLLM calls -----------------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Note when it came, by our clock: vLLM's is a wall clock, which may be set."""
+        self._arrived[request.request_id] = self._clock()
+        super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Set vLLM's limits for this step, then let vLLM schedule it."""
+        now = self._clock()
+        waiting = len(self.waiting)
+        if self._settings.policy == "fcfs":
+            pass
+        elif self._fault is None and self._counts is not None and self.scheduler_config.enable_chunked_prefill:
+            self._limit(now)
+        else:
+            self._unlimit()
+        output = super().schedule(throttle_prefills)
+        if self._settings.policy == "sparse":
+            self.decisions["admit"] += max(0, waiting - len(self.waiting))
+        if output.total_num_scheduled_tokens:
+            self._under_way.append(_Step(self._shape_of(output), now, self._idle))
+            self._idle = False
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Learn from the step, then let vLLM take its tokens in."""
+        now = self._clock()
+        if scheduler_output.total_num_scheduled_tokens:
+            self._learn(scheduler_output, model_runner_output, self._under_way.popleft(), now)
+        self._done_at = now
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        # Requests are let in anew, and not at the rhythm of steps, once there was nothing to do.
+        self._idle = not self._under_way and not self.has_unfinished_requests()
+        if self._finished or now - self._reported_at >= _REPORT_EVERY_S:
+            self._report(now)
+        return outputs
+
+    def shutdown(self) -> None:
+        """The engine stops."""
+        if self._reporter is not None:
+            self._reporter.close()
+        super().shutdown()
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        self._arrived.pop(request.request_id, None)
+        seen = self._densities.finish(request.request_id, _keys(request))
+        if seen is not None:
+            self._finished.append({"id": request.request_id, "density": seen[0], "rows": seen[1]})
+        return super()._free_request(request, delay_free_blocks)
+
+    # ---- before a step -------------------------------------------------------------------------------------------------------
+
+    def _limit(self, now: float) -> None:
+        # Decodes first: they must not be left without tokens by a prompt ahead of them.
+        self.running.sort(key=lambda request: request.is_prefill_chunk)
+        load = self._load(now)
+        plan = self._planner.plan(load)
+        rows = sum(decode.rows for decode in load.decodes)
+        self.max_num_scheduled_tokens = min(self._vllm_tokens, max(1, rows + plan.prefill_tokens))
+        self.max_num_active_reqs = self._vllm_requests if plan.admit else min(self._vllm_requests, len(self.running))
+        self.decisions.update(plan.decisions)
+        if "overtake" in plan.decisions and isinstance(self.waiting, FCFSRequestQueue):
+            place = {identity: index for index, identity in enumerate(plan.order)}
+            self.waiting = FCFSRequestQueue(sorted(self.waiting, key=lambda request: place[request.request_id]))
+
+    def _unlimit(self) -> None:
+        self.max_num_scheduled_tokens, self.max_num_active_reqs = self._vllm_tokens, self._vllm_requests
+        self.decisions["fcfs"] += 1
+
+    def _load(self, now: float) -> Load:
+        decodes, prefills = [], []
+        for request in self.running:
+            tokens = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+            if request.is_prefill_chunk:
+                prefills.append(self._prefill(request, tokens, now))
+            elif tokens > 0:
+                decodes.append(Decode(request.num_computed_tokens, self._density(request), tokens))
+        waiting = [self._prefill(request, request.num_tokens, now) for request in self.waiting]
+        return Load(decodes, prefills, waiting, self._vllm_tokens)
+
+    def _prefill(self, request: Request, tokens: int, now: float) -> Prefill:
+        waited = now - self._arrived.get(request.request_id, now)
+        return Prefill(request.request_id, request.num_computed_tokens, tokens, self._density(request), waited)
+
+    def _density(self, request: Request) -> float:
+        running = self._densities.running(request.request_id)
+        return self._densities.predict(_keys(request)) if running is None else running
+
+    def _shape_of(self, output: SchedulerOutput) -> StepShape:
+        """What vLLM made of the limits."""
+        decodes, prefills = [], []
+        for identity, tokens in output.num_scheduled_tokens.items():
+            request = self.requests[identity]
+            # vLLM has counted the step's tokens as computed already.
+            start = request.num_computed_tokens - tokens
+            if start < request.num_prompt_tokens and tokens > 1:
+                prefills.append(Prefill(identity, start, tokens))
+            else:
+                decodes.append(Decode(start, self._density(request), tokens))
+        return self._planner.shape(decodes, prefills, sum(prefill.tokens for prefill in prefills))
+
+    # ---- after a step --------------------------------------------------------------------------------------------------------
+
+    def _learn(self, output: SchedulerOutput, result: ModelRunnerOutput, step: _Step, now: float) -> None:
+        fault: Fallback | None = None
+        seconds = now - (step.scheduled_at if step.after_idle else self._done_at)
+        if not 0 < seconds < _LONGEST_STEP_S:
+            fault = "clock"
+        elif not (step.after_idle and self.scheduler_config.async_scheduling):
+            # Steps overlap with the host's work, but not the first one after a pause.
+            self._planner.cost.observe(step.shape, seconds)
+        if self._counts is not None and not self._learn_densities(self._counts, output, result):
+            fault = "counters"
+        self._trust(fault)
+
+    def _learn_densities(self, source: RowCountsReader, output: SchedulerOutput, result: ModelRunnerOutput) -> bool:
+        counts = source.next_step(output.total_num_scheduled_tokens)
+        if counts is None:
+            source.catch_up()
+            return False
+        densities = (counts / source.facts["neurons"]).tolist()
+        start = 0
+        for identity in result.req_ids:
+            end = start + output.num_scheduled_tokens[identity]
+            # One that finished while the step was under way is forgotten already.
+            if identity in self.requests:
+                self._densities.observe(identity, densities[start:end])
+            start = end
+        return True
+
+    def _trust(self, fault: Fallback | None) -> None:
+        if fault is None:
+            self._distrusted_for = max(0, self._distrusted_for - 1)
+            if not self._distrusted_for:
+                self._fault = None
+            return
+        self._fault, self._distrusted_for = fault, _STEPS_TO_TRUST
+        self.fallbacks[fault] += 1
+        self._warn(fault)
+
+    def _warn(self, fault: Fallback) -> None:
+        if self._settings.policy == "sparse" and fault not in self._warned:
+            self._warned.add(fault)
+            logger.warning(
+                "--batching sparse: %s. Steps are scheduled first come, first served until it works again;"
+                " sparse_scheduler_fallbacks_total counts how often.",
+                _WARNINGS[fault],
+            )
+
+    # ---- the rest ------------------------------------------------------------------------------------------------------------
+
+    def _new_cost(self) -> StepCost:
+        if self._counts is None:
+            return StepCost(LayerTable([], []), scale=1.0, max_sparse_rows=0)
+        facts = self._counts.facts
+        limits = sorted(facts["max_sparse_rows"])
+        config = self.vllm_config.model_config.hf_config
+        return StepCost(
+            LayerTable(facts["sparse_us"], facts["dense_us"]),
+            scale=layer_scale(len(limits), config.hidden_size, config.intermediate_size, config.vocab_size),
+            # Where layers differ, most of them decide.
+            max_sparse_rows=limits[len(limits) // 2],
+        )
+
+    def _check_objectives(self) -> None:
+        if self._settings.policy == "fcfs":
+            return
+        if self._counts is None:
+            self.fallbacks["counters"] += 1
+            self._warn("counters")
+            return
+        if not self._counts.facts["sparse_us"]:
+            return
+        alone = 1e3 * self._planner.cost.seconds(StepShape(1, union=_EXPECTED_DENSITY))
+        for flag, objective in (
+            ("--itl-slo-ms", self._settings.itl_slo_ms),
+            ("--ttft-slo-ms", self._settings.ttft_slo_ms),
+        ):
+            if objective is not None and alone > objective:
+                logger.warning(
+                    "%s %g cannot be met: a step with a single row is predicted to take %.1f ms. The server does what it"
+                    " can; give at least %.0f.",
+                    flag,
+                    objective,
+                    alone,
+                    2 * alone,
+                )
+
+    def _report(self, now: float) -> None:
+        finished, self._finished = self._finished, []
+        self._reported_at = now
+        if self._reporter is None:
+            return
+        cost = self._planner.cost
+        running = [self._densities.running(request.request_id) for request in self.running]
+        self._reporter.send(
+            {
+                "replica": self.parallel_config.data_parallel_index,
+                "decisions": dict(self.decisions),
+                "fallbacks": dict(self.fallbacks),
+                "errors": {path: error for path in PATHS if (error := cost.error(path)) is not None},
+                "running": [density for density in running if density is not None],
+                "finished": finished,
+            }
+        )
+
+
+def _keys(request: Request) -> Iterable[Hashable]:
+    """What a request may have in common with others of its density, most telling first."""
+    if request.block_hashes:
+        yield request.block_hashes[0]
+    if request.session_id is not None:
+        yield "session", request.session_id

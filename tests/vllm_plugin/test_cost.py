@@ -1,0 +1,102 @@
+import random
+
+import pytest
+
+from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale, union_of
+from sparse_backend.vllm_plugin.snapshot import PATHS
+
+# Microseconds of a layer: rows, union, sparse; rows, dense.
+TABLE = LayerTable(
+    [(rows, 1 - 0.9**rows, 24 + 50 * (1 - 0.9**rows) + rows / 2) for rows in (1, 2, 4, 8, 16)],
+    [(rows, 77 + 0.4 * max(0, rows - 64)) for rows in (1, 8, 16, 32, 64, 128, 256)],
+)
+
+
+def model() -> StepCost:
+    return StepCost(TABLE, scale=layer_scale(32, 4096, 11008, 32000), max_sparse_rows=16)
+
+
+def truth(step: StepShape) -> float:
+    """Another machine than the table's, with attention and a host."""
+    if step.rows <= 16:
+        return 2.5e-3 + 2.2e-3 * step.union + 3e-5 * step.rows + 1.3e-7 * step.context
+    return 4e-3 + 2.2e-5 * max(0, step.rows - 90) + 1.3e-7 * step.context + (1e-3 if step.prefill_tokens else 0)
+
+
+def traffic(generator: random.Random, count: int) -> list[StepShape]:
+    steps = []
+    for _ in range(count):
+        rows = generator.choice([1, 3, 8, 14, 30, 60])
+        context = rows * generator.randint(50, 1500)
+        if generator.random() < 0.2:
+            tokens = generator.randint(30, 3000)
+            steps.append(StepShape(rows + tokens, tokens, context, tokens**2 // 2))
+        else:
+            densities = [generator.choice([0.02, 0.06, 0.16]) for _ in range(rows)]
+            steps.append(StepShape(rows, context=context, union=union_of(densities)))
+    return steps
+
+
+def test_it_starts_from_the_table() -> None:
+    # 32 layers, whose feed-forward part is two thirds of the weights; the head is one more.
+    assert 1e3 * model().seconds(StepShape(8)) == pytest.approx(32 * 1.55 * 0.078, rel=0.1)
+    alone = StepShape(1, union=0.1)
+    assert 1e3 * model().seconds(alone) == pytest.approx(32 * 1.55 * 0.0295, rel=0.1)
+    assert model().seconds(StepShape(512, 512)) > 2 * model().seconds(StepShape(64))
+    assert model().path(alone) == "sparse"
+    assert model().path(StepShape(17)) == "dense"
+
+
+def test_without_a_table_it_starts_all_the_same() -> None:
+    assert StepCost(LayerTable([], []), scale=1, max_sparse_rows=0).seconds(StepShape(1)) > 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_it_learns_the_machine_within_a_minute_of_steps(noise: float) -> None:
+    generator = random.Random(0)
+    cost = model()
+    for step in traffic(generator, 1500):
+        hiccup = 10 if generator.random() < 0.02 else 1
+        cost.observe(step, truth(step) * hiccup * (1 + noise * generator.gauss(0, 1)))
+    for path in PATHS:
+        error = cost.error(path)
+        assert error is not None
+        assert error < 0.02 + noise
+    for step in traffic(generator, 200):
+        assert cost.seconds(step) == pytest.approx(truth(step), rel=0.1 + 2 * noise)
+        assert cost.most_seconds(step) >= cost.seconds(step)
+
+
+def test_what_changes_for_all_steps_is_followed_at_once() -> None:
+    generator = random.Random(0)
+    cost = model()
+    for step in traffic(generator, 600):
+        cost.observe(step, truth(step))
+    for step in traffic(generator, 60):
+        cost.observe(step, 1.5 * truth(step))
+    for step in traffic(generator, 50):
+        assert cost.seconds(step) == pytest.approx(1.5 * truth(step), rel=0.15)
+
+
+def test_a_step_never_gets_shorter_by_carrying_more() -> None:
+    generator = random.Random(0)
+    cost = model()
+    for step in traffic(generator, 300):
+        # Larger steps are measured shorter: nothing that such a machine does may be believed.
+        cost.observe(step, 1 / (1 + step.rows))
+    times = [cost.seconds(StepShape(20 + tokens, tokens, 5000, tokens**2 // 2)) for tokens in range(20, 4000, 50)]
+    assert times == sorted(times)
+
+
+def test_an_error_is_of_predictions_made_before() -> None:
+    cost = model()
+    assert cost.error("dense") is None
+    predicted = cost.seconds(StepShape(64))
+    cost.observe(StepShape(64), 2 * predicted)
+    assert cost.error("dense") == pytest.approx(0.5)
+    assert cost.error("sparse") is None
+
+
+def test_union_of_independent_rows() -> None:
+    assert union_of([]) == 0
+    assert union_of([0.5, 0.5, 0.2]) == pytest.approx(0.8)
