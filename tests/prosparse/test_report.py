@@ -77,7 +77,7 @@ def test_other_weights_do_not_pass_verification(made: Path) -> None:
 def test_target_is_steered_towards_and_said_how_far(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--context", 128, "--batch", 8, "--tokens", 200_000, "--learning-rate", 3e-3]
+    arguments = ["--recipe", "demo", "--context", 128, "--batch", 8, "--tokens", 200_000, "--learning-rate", 3e-3]
     out = tmp_path / "out"
     assert command(job, world.base, out, "--corpus", world.corpus, *arguments, "--target-sparsity", 0.75) == 0
     printed = capsys.readouterr().out
