@@ -3,6 +3,7 @@
 Plain data in and out: nothing here knows vLLM.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -119,11 +120,22 @@ class Planner:
 
         if available <= _LEAST_CHUNK or keeps(available):
             return available
+        if not keeps(_LEAST_CHUNK):
+            return min(available, max(_LEAST_CHUNK, self._due(decodes, pending)))
         low, high = _LEAST_CHUNK, available
         while high - low > max(8, low // 32):
             middle = (low + high) // 2
             low, high = (middle, high) if keeps(middle) else (low, middle)
         return low
+
+    def _due(self, decodes: Sequence[Decode], pending: Sequence[Prefill]) -> int:
+        """Where the ITL objective is out of reach: prompt tokens per step with which the first one keeps the TTFT objective."""
+        if self.settings.ttft_slo_ms is None:
+            return 0
+        first = pending[0]
+        left = self.settings.ttft_slo_ms * 1e-3 - first.waited_s
+        step = self.cost.seconds(self.shape(decodes, pending, _LEAST_CHUNK))
+        return first.tokens if left <= step else math.ceil(first.tokens * step / left)
 
     def _holds(self, load: Load) -> bool:
         if not load.waiting or not load.decodes:

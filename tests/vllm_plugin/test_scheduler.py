@@ -119,6 +119,19 @@ def test_objectives_out_of_reach_leave_prompts_a_share(config: VllmConfig) -> No
     assert max(times[60:]) < 2 + 0.1 * (MOST_TOKENS / 2 + 4)
 
 
+def test_with_an_itl_objective_out_of_reach_prompts_keep_theirs(config: VllmConfig) -> None:
+    first_tokens = {}
+    for ttft in (None, 45.0):
+        engine = FakeEngine(config, BatchingSettings(policy="sparse", itl_slo_ms=0.5, ttft_slo_ms=ttft))
+        traffic(engine, 150)
+        engine.add("late", 350, 1)
+        began = engine.now
+        while "late" not in engine.finished_at:
+            engine.step()
+        first_tokens[ttft] = 1e3 * (engine.finished_at["late"] - began)
+    assert first_tokens[45.0] < first_tokens[None]
+
+
 def test_objectives_that_one_row_misses_are_said_at_start(config: VllmConfig, caplog: pytest.LogCaptureFixture) -> None:
     table = [(rows, 1 - 0.9**rows, 3000.0 + rows) for rows in (1, 2, 4)]
     for policy, said in (("sparse", True), ("fcfs", False)):
