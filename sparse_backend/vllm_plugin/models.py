@@ -40,6 +40,8 @@ class SparseFeedForward:
         model: nn.Module
         packed_modules_mapping: dict[str, list[str]]
 
+    _row_counts: RowCountsWriter | None
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         """Build the model for one worker.
 
@@ -75,7 +77,8 @@ class SparseFeedForward:
             norm = norm_class(vllm_config.model_config.dtype, config.hidden_size, layer.mlp.max_sparse_rows)
             for name in _NORMS:
                 setattr(layer, name, norm(config.hidden_size, eps=config.rms_norm_eps))
-        self._tell_of_dense_layers()
+        if get_tensor_model_parallel_rank() == 0:
+            self._tell_of_dense_layers()
         self._row_counts = self._count_rows(vllm_config) if plugin_settings(vllm_config).count_rows else None
 
     def process_weights_after_loading(self) -> None:
@@ -85,14 +88,17 @@ class SparseFeedForward:
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """As vLLM's; called once a step behind the layers and outside their graphs, it also passes the rows' counts on."""
-        if self._row_counts is not None:
-            self._row_counts.publish()
+        self._publish_row_counts()
         return super().compute_logits(hidden_states)  # type: ignore[misc]
 
     def reset_row_counts(self) -> None:
         """Forget the rows counted so far, once the layers' counters are zero."""
         if self._row_counts is not None:
             self._row_counts.reset()
+
+    def _publish_row_counts(self) -> None:
+        if self._row_counts is not None:
+            self._row_counts.publish()
 
     def _count_rows(self, vllm_config: VllmConfig) -> RowCountsWriter | None:
         mlps = self._sparse_mlps()
@@ -154,15 +160,24 @@ def _as_swish(config: PreTrainedConfig) -> Iterator[None]:
         config.hidden_act = hidden_act
 
 
-class SparseLlamaForCausalLM(SparseFeedForward, LlamaForCausalLM):
+class _SharedSampling(SparseFeedForward):
+    """Of the classes whose ranks may share the sampling out."""
+
+    def compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What vLLM then calls in place of ``compute_logits``."""
+        self._publish_row_counts()
+        return super().compute_logits_local(hidden_states)  # type: ignore[misc]
+
+
+class SparseLlamaForCausalLM(_SharedSampling, LlamaForCausalLM):
     """LLaMA: ProSparse, ReluLLaMA, SparseLM, MiniCPM-S in LLaMA's format."""
 
 
-class SparseMistralForCausalLM(SparseFeedForward, MistralForCausalLM):
+class SparseMistralForCausalLM(_SharedSampling, MistralForCausalLM):
     """Mistral."""
 
 
-class SparseBambooForCausalLM(SparseFeedForward, MistralForCausalLM):
+class SparseBambooForCausalLM(_SharedSampling, MistralForCausalLM):
     """Mistral with dReLU: Bamboo and TurboSparse-Mistral.
 
     TurboSparse's folders also hold predictors, small networks that guess from the residual stream which neurons will be active
