@@ -74,7 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths (default 0)")
     parser.add_argument("--itl-slo-ms", type=float, help="objective for 99 of 100 times between a request's tokens")
     parser.add_argument("--ttft-slo-ms", type=float, help="objective for the time to its first token")
-    parser.add_argument("--max-unfairness-ms", type=float, help="as of `prosparse serve`")
     parser.add_argument(
         "--corpus", default="stdlib", help="where the prompts of a checkpoint come from (default: stdlib)"
     )
@@ -111,7 +110,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     except ValueError:
         raise UserError(f"--load {arguments.load!r} is not a comma-separated list of numbers.") from None
     settings = []
-    for name in ("itl_slo_ms", "ttft_slo_ms", "max_unfairness_ms"):
+    for name in ("itl_slo_ms", "ttft_slo_ms"):
         if (value := getattr(arguments, name)) is not None:
             settings += [f"--{name.replace('_', '-')}", str(value)]
     return Plan(

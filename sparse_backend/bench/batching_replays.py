@@ -29,21 +29,16 @@ from sparse_backend.bench.trace import names as trace_names
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
 from sparse_backend.ffn import paths
-from sparse_backend.vllm_plugin.batching import LEVERS_VARIABLE
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, layer_scale
 
-POLICIES: dict[str, tuple[str, str, list[str]]] = {
-    "fcfs": ("fcfs", "", []),
-    "fcfs-2048": ("fcfs", "", ["--max-num-batched-tokens", "2048"]),
-    "fcfs-512": ("fcfs", "", ["--max-num-batched-tokens", "512"]),
-    "sparse": ("sparse", "", []),
-    "sparse-cap": ("sparse", "chunk,cap", []),
-    "sparse-bunch": ("sparse", "chunk,bunch", []),
-    "sparse-sparsest": ("sparse", "chunk,sparsest", []),
-    "sparse-shortest": ("sparse", "chunk,shortest", []),
-    "sparse-all": ("sparse", "chunk,cap,sparsest", []),
+POLICIES: dict[str, tuple[str, list[str]]] = {
+    "fcfs": ("fcfs", []),
+    # What a user can do without a cost model: one limit of a step's tokens for all times.
+    "fcfs-2048": ("fcfs", ["--max-num-batched-tokens", "2048"]),
+    "fcfs-512": ("fcfs", ["--max-num-batched-tokens", "512"]),
+    "sparse": ("sparse", []),
 }
-"""--batching, its levers if others than its own, and flags of vLLM's."""
+"""--batching, and flags of vLLM's."""
 
 PLACEMENTS = ("even", "density")
 
@@ -234,10 +229,10 @@ def _servers(checkpoint: Checkpoint, plan: Plan, logs: Path, policies: Sequence[
     with contextlib.ExitStack() as stack:
         servers = []
         for index, policy in enumerate(policies):
-            batching, levers, vllm_flags = POLICIES[policy]
+            batching, vllm_flags = POLICIES[policy]
             objectives = plan.settings if batching == "sparse" else []
             flags = ["--batching", batching, *objectives, "--", *vllm_flags, *plan.vllm_flags]
-            environment = {LEVERS_VARIABLE: levers} | (_visible_gpu(index) if torch.cuda.is_available() else {})
+            environment = _visible_gpu(index) if torch.cuda.is_available() else {}
             log = logs / f"{index}-{policy}.log"
             servers.append(stack.enter_context(ServerProcess(checkpoint.folder, flags, log, environment)))
         for server in servers:

@@ -23,7 +23,6 @@ policies = st.builds(
     policy=st.sampled_from(["fcfs", "sparse"]),
     itl_slo_ms=st.none() | st.floats(0.1, 50),
     ttft_slo_ms=st.none() | st.floats(1, 500),
-    max_unfairness_ms=st.floats(0, 100),
 )
 
 
