@@ -190,6 +190,9 @@ class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
         except ValidationError as error:
             raise UserError(_describe(error, flags)) from None
         _check_vllm_flags(settings.vllm_flags)
+        for name in ("itl_slo_ms", "ttft_slo_ms"):
+            if settings.batching == "fcfs" and getattr(settings, name) is not None:
+                raise UserError(f"{flag_of(name)} is for --batching sparse. Give that as well, or leave it out.")
         return settings
 
     @property

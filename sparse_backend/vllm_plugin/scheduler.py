@@ -92,7 +92,7 @@ class SparseScheduler(AsyncScheduler):
         waiting = len(self.waiting)
         if self._settings.policy == "fcfs":
             pass
-        elif self._fault is None and self._counts is not None and self.scheduler_config.enable_chunked_prefill:
+        elif self._fault is None and self._counts is not None:
             self._limit(now)
         else:
             self._unlimit()
