@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import families
-from tests.adapters import write_adapter, write_fp8_copy
+from tests.adapters import write_adapter, write_int8_copy
 from tests.vllm_plugin import family_engines
 from tests.vllm_plugin.family_engines import Answer, Request
 
@@ -38,7 +38,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ans
         "adapter": str(write_adapter(root / "attention", base, ["q_proj", "v_proj"])),
         "options": {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ATTENTION},
     }
-    quantised = str(write_fp8_copy(root / "fp8", base, ignored=["model.layers.0.mlp."]))
+    quantised = str(write_int8_copy(root / "int8", base, ignored=["model.layers.0.mlp."]))
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     requests = {
         "plain": Request(str(base), ["sparse"]),
