@@ -15,6 +15,7 @@ from server.errors import InternalErrors
 from server.health import FrontDoor, Health, probe_router
 from server.intake import Intake
 from server.metrics import ServerMetrics
+from server.page import page_router
 from server.paths import METRICS_PATH
 from server.policy import RequestPolicy
 from server.rates import KeyRates
@@ -63,8 +64,8 @@ def inner_chain(
 def operations_routers(
     health: Health, telemetry: SparsityTelemetry, registries: Iterable[Callable[[], CollectorRegistry]]
 ) -> list[APIRouter]:
-    """Probes and metrics."""
-    return [probe_router(health), metrics_router(telemetry, registries)]
+    """Probes, metrics and the live page."""
+    return [probe_router(health), metrics_router(telemetry, registries), page_router()]
 
 
 def metrics_router(telemetry: SparsityTelemetry, registries: Iterable[Callable[[], CollectorRegistry]]) -> APIRouter:
@@ -83,7 +84,7 @@ def metrics_router(telemetry: SparsityTelemetry, registries: Iterable[Callable[[
 
 
 def operations_app(routers: Iterable[APIRouter]) -> FastAPI:
-    """Probes and metrics, which answer in every phase."""
+    """Probes, metrics and the live page, which answer in every phase."""
     app = FastAPI(title=TITLE, openapi_url=None, redirect_slashes=False)
     for router in routers:
         app.include_router(router)

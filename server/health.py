@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import RETRY_AFTER, RefusalError
+from server.page import PAGE_PATHS
 from server.paths import METRICS_PATH, PROBE_PATHS
 
 
@@ -139,7 +140,7 @@ class FrontDoor:
     def __init__(self, health: Health, operations: ASGIApp) -> None:
         self._health = health
         self._operations = operations
-        self._operations_paths = {path.encode() for path in (*PROBE_PATHS, METRICS_PATH)}
+        self._operations_paths = {path.encode() for path in (*PROBE_PATHS, METRICS_PATH, *PAGE_PATHS)}
         self.api: ASGIApp | None = None
         """Set before ``health.ready()``; the app is built once the engine it serves is up."""
 

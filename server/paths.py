@@ -2,6 +2,8 @@
 
 from enum import Enum
 
+from server.page import PAGE_PATHS
+
 PROBE_PATHS = ("/livez", "/readyz", "/health")
 METRICS_PATH = "/metrics"
 CHAT_PATH = "/v1/chat/completions"
@@ -25,7 +27,7 @@ class Access(Enum):
 
 
 ACCESS: dict[bytes, Access] = {
-    **{path.encode(): Access.EVERYBODY for path in PROBE_PATHS},
+    **{path.encode(): Access.EVERYBODY for path in (*PROBE_PATHS, *PAGE_PATHS)},
     METRICS_PATH.encode(): Access.METRICS,
     **{path.encode(): Access.KEY for path in (*API_PATHS, *DOCUMENTATION_PATHS)},
 }

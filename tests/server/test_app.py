@@ -57,7 +57,17 @@ async def test_the_openapi_page_documents_probes_and_metrics():
 
 @pytest.mark.parametrize(
     "path",
-    ["/metrics", "/v1/models", *DOCUMENTATION_PATHS, "/unknown", "//livez", "/livez/", "/metrics/", "/static/x"],
+    [
+        "/metrics",
+        "/v1/models",
+        *DOCUMENTATION_PATHS,
+        "/unknown",
+        "/livez/",
+        "/metrics/",
+        "/static/x",
+        "/page/",
+        "/page/x.js",
+    ],
 )
 async def test_with_keys_everything_but_the_probes_needs_one(path):
     async with build("k") as client:

@@ -53,7 +53,9 @@ NOT_THE_PROBES = [
     b"/%76%31/models",
     b"/metrics/",
     b"/unknown",
-    b"/",
+    b"//",
+    b"/page/",
+    b"/page/../v1/models",
     b"",
     b"*",
     # Not the probes, byte for byte, whatever a router would make of them.
