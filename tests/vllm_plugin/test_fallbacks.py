@@ -92,9 +92,9 @@ def test_quantised_layers_are_computed_densely_and_the_others_are_not(answers):
     assert [layer["dense_reason"] for layer in ours.snapshot["layers"]] == ["", "quantization"]
     assert rows(ours, "sparse") == [expected_rows(Request("")), 0]
     assert rows(ours, "dense") == [0, expected_rows(Request(""))]
-    # The first tokens' logits: later ones follow from a choice that rounding may tip.
+    # The first tokens' logits: later ones follow from a choice that rounding, to bfloat16 and of inputs to int8, may tip.
     for logits, expected in zip(ours.logits, stock.logits, strict=True):
-        torch.testing.assert_close(logits[0], expected[0], rtol=0.05, atol=0.05)
+        assert (logits[0] - expected[0]).abs().max() <= 0.05 * expected[0].abs().max()
 
 
 def test_speculated_tokens_are_the_same_and_are_verified_on_the_sparse_path(answers):
