@@ -1,20 +1,23 @@
-"""Serve a tiny checkpoint from two Ray nodes of this machine, and compare text and counters with one process.
+"""A tiny checkpoint on two Ray nodes of this machine, one tensor-parallel rank each, compared with one process.
 
 python -m tests.ray.two_nodes        needs `pip install ray`; not part of `make test`
-
-Each node holds one of two pipeline stages or tensor-parallel ranks.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 PORT = 26379
 NODES = 2
+DEVICE = "HPU"  # as in cpu_nodes.py
 # Here and in every process started from here vLLM finds the platform beside this file.
 sys.path.insert(0, str(FOLDER))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -28,12 +31,32 @@ os.environ |= {
 }
 
 
-def ray(*arguments: str) -> None:
-    """One command of Ray's."""
-    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *arguments], check=True, stdout=subprocess.DEVNULL)
+def ray(*arguments: str) -> list[str]:
+    """A command of Ray's."""
+    return [sys.executable, "-m", "ray.scripts.scripts", *arguments]
 
 
-def serve(folder: str, options: dict[str, object]) -> tuple[list[list[int]], list[dict[str, object]]]:
+@contextlib.contextmanager
+def nodes() -> Iterator[None]:
+    """The Ray nodes, with one device each, while the block runs."""
+    address = f"--address=127.0.0.1:{PORT}"
+    node = ("--block", "--num-cpus=1", f'--resources={{"{DEVICE}": 1}}')
+    with contextlib.ExitStack() as running:
+        for where in (("--head", f"--port={PORT}", "--include-dashboard=false"), *[(address,)] * (NODES - 1)):
+            process = subprocess.Popen(
+                ray("start", *where, *node),
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            running.callback(os.killpg, process.pid, signal.SIGTERM)
+            while subprocess.run(ray("health-check", address), check=False, capture_output=True).returncode:
+                time.sleep(0.5)
+        os.environ["RAY_ADDRESS"] = f"127.0.0.1:{PORT}"
+        yield
+
+
+def serve(folder: str, options: dict[str, object]) -> tuple[list[list[int]], list[dict[str, int]]]:
     """Greedy tokens of three prompts, and what the counters say of each layer."""
     from vllm import LLM, SamplingParams
 
@@ -57,31 +80,30 @@ def serve(folder: str, options: dict[str, object]) -> tuple[list[list[int]], lis
         use_tqdm=False,
     )
     workers = llm.collective_rpc("sparsity_snapshot")
-    print(f"{len(workers)} workers, layers {[[layer['layer'] for layer in worker['layers']] for worker in workers]}")
-    return [list(output.outputs[0].token_ids) for output in outputs], merge(workers)["layers"]
+    print(f"neurons of layer 0 by worker: {[worker['layers'][0]['d_ff'] for worker in workers]}")
+    # Which rows come together in a step, and so steps and unions, is a matter of time.
+    counted = [
+        {"neurons": layer["d_ff"], **{kind: layer["paths"]["sparse"][kind] for kind in ("rows", "active")}}
+        for layer in merge(workers)["layers"]
+    ]
+    return [list(output.outputs[0].token_ids) for output in outputs], counted
 
 
-def main() -> None:
-    """Start the nodes, compare, stop them."""
+def main() -> int:
+    """Start the nodes, compare, stop them; returns the exit status."""
     from tests import families
 
     with tempfile.TemporaryDirectory() as root:
         folder = f"{root}/model"
         families.write(Path(folder), "relu-llama")
         expected = serve(folder, {"enforce_eager": True})
-        ray("start", "--head", f"--port={PORT}", "--num-cpus=1", '--resources={"HPU": 1}', "--include-dashboard=false")
-        try:
-            for _ in range(NODES - 1):
-                ray("start", f"--address=127.0.0.1:{PORT}", "--num-cpus=1", '--resources={"HPU": 1}')
-            os.environ["RAY_ADDRESS"] = f"127.0.0.1:{PORT}"
-            found = serve(
-                folder, {"tensor_parallel_size": 2, "enforce_eager": True, "distributed_executor_backend": "ray"}
-            )
-        finally:
-            ray("stop", "--force")
-    print("tokens", "the same" if found[0] == expected[0] else f"differ: {found[0]} {expected[0]}")
-    print("counters", "the same" if found[1] == expected[1] else f"differ: {found[1]} {expected[1]}")
+        with nodes():
+            over_ray = {"tensor_parallel_size": NODES, "distributed_executor_backend": "ray"}
+            found = serve(folder, {"enforce_eager": True, **over_ray})
+    for what, ours, one in zip(("tokens", "counters"), found, expected, strict=True):
+        print(f"{what}: {'the same' if ours == one else f'{ours}, but {one} in one process'}; {one}")
+    return int(found != expected)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
