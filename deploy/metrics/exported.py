@@ -37,7 +37,7 @@ def labels(family: Metric) -> list[str]:
 
 
 async def ours() -> list[Metric]:
-    """Our families (``sparse_…``), of a server with one layer that has been busy since its last scrape."""
+    """Our families (``sparse_…``), of a server with one layer, which may have an adapter, busy since its last scrape."""
     ticks = itertools.count(step=MIN_INTERVAL)
     telemetry = SparsityTelemetry([0.1], clock=lambda: next(ticks))
     rows = itertools.count()
@@ -99,7 +99,7 @@ def _busy(rows: int) -> SparsitySnapshot:
                 "d_ff": 8,
                 "neuron_bytes": 16,
                 "max_sparse_rows": 1,
-                "dense_reason": "",
+                "dense_reason": "lora",
                 "paths": dict.fromkeys(PATHS, counts),
             }
         ],
