@@ -49,19 +49,21 @@ _REFUSED_FLAGS = {
     "--worker-extension-cls": "the server sets it, to read the sparsity counters",
     "--headless": "one `prosparse serve` runs one server",
     "--api-server-count": "one `prosparse serve` runs one server",
-    "--lora-modules": "the sparse feed-forward layers do not apply LoRA adapters",
-    "--enable-lora": "the sparse feed-forward layers do not apply LoRA adapters",
     "--enable-tokenizer-info-endpoint": "its path is not served",
     "--enable-server-load-tracking": "its path is not served",
     "--help": "`vllm serve --help` shows vLLM's own flags",
     "-h": "`vllm serve --help` shows vLLM's own flags",
 }
 
-# So are all flags that start like this.
-_REFUSED_PREFIXES = {
-    "--data-parallel-": "the sparsity metrics would show one replica only",
-    "-dp": "the sparsity metrics would show one replica only",
-}
+# So are those by which vLLM's replicas answer to several servers.
+_REFUSED_FLAGS |= dict.fromkeys(
+    (
+        *("--data-parallel-rank", "-dpn", "--data-parallel-start-rank", "-dpr"),
+        *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
+        *("--data-parallel-multi-port-external-lb", "-dpm"),
+    ),
+    "one `prosparse serve` runs all replicas, and --data-parallel-size says how many",
+)
 
 
 def _split_words(value: object) -> object:
@@ -258,10 +260,7 @@ def _check_vllm_flags(flags: tuple[str, ...]) -> None:
             raise UserError(
                 f"{name} after `--` is for us to set: give {flag_of(_OUR_FLAGS[name])} before the `--` instead."
             )
-        reason = _REFUSED_FLAGS.get(name) or next(
-            (reason for prefix, reason in _REFUSED_PREFIXES.items() if name.startswith(prefix)), None
-        )
-        if reason:
+        if reason := _REFUSED_FLAGS.get(name):
             raise UserError(f"{name} is refused: {reason}. Leave it out.")
 
 

@@ -11,7 +11,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from sparse_backend.vllm_plugin.snapshot import PATHS, KernelRecord, LayerSnapshot, SparsitySnapshot, merge
+from sparse_backend.vllm_plugin.snapshot import PATHS, KernelRecord, LayerSnapshot, SparsitySnapshot, add_up
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class SparsityTelemetry(Collector):
         """Take the first snapshot, from which densities are counted.
 
         Args:
-            ask: returns each worker's snapshot.
+            ask: returns each replica's snapshot.
 
         Raises:
             Exception: whatever ``ask`` raises.
@@ -134,7 +134,7 @@ class SparsityTelemetry(Collector):
         now = self._clock()
         self._answers += 1
         self._answer_seconds += now - self._asked_at
-        self._snapshots.append((now, merge(snapshots)))
+        self._snapshots.append((now, add_up(snapshots)))
         self._owed = False
         while len(self._snapshots) > 1 and self._snapshots[1][0] <= now - WINDOW:
             self._snapshots.popleft()
@@ -218,6 +218,16 @@ def _shapes(layers: Sequence[LayerSnapshot]) -> Iterator[Metric]:
         "Steps of at most this many token rows take the sparse path; 0: none does.",
         ((layer["layer"], layer["max_sparse_rows"]) for layer in layers),
     )
+    fallbacks = GaugeMetricFamily(
+        "sparse_ffn_dense_fallback",
+        "1 for a layer that vLLM's own linear layers compute, densely, and why: lora, it may have an adapter; quantization, its"
+        " weights are quantised.",
+        labels=["layer", "reason"],
+    )
+    for layer in layers:
+        if layer["dense_reason"]:
+            fallbacks.add_metric([layer["layer"], layer["dense_reason"]], 1)
+    yield fallbacks
 
 
 def _counters(layers: Sequence[LayerSnapshot]) -> Iterator[Metric]:

@@ -13,6 +13,7 @@ import signal
 import sysconfig
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable, Iterator
+from itertools import pairwise
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -60,7 +61,7 @@ from server.watchdog import Watchdog
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
 from sparse_backend.vllm_plugin.batching import SCHEDULER
-from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
+from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot, merge
 
 __all__ = ["Engine", "attach", "get_prometheus_registry", "parse_flags"]
 
@@ -163,6 +164,23 @@ def _set_cpu_defaults(arguments: Namespace) -> None:
     if not arguments.enforce_eager and not _can_compile():
         say("no C++ compiler or no Python.h (python3-dev): the model runs uncompiled, which is slower")
         arguments.enforce_eager = True
+    if arguments.pipeline_parallel_size > 1 and arguments.enforce_eager:
+        raise UserError(
+            f"--pipeline-parallel-size {arguments.pipeline_parallel_size} on a CPU needs the compiled model: vLLM {VLLM_VERSION}"
+            " dies of it uncompiled. Leave --enforce-eager out, and install g++ and python3-dev if they are missing."
+        )
+    local_replicas = arguments.data_parallel_size_local or arguments.data_parallel_size
+    workers = local_replicas * arguments.tensor_parallel_size * arguments.pipeline_parallel_size
+    if workers > 1:
+        # vLLM's own default is a NUMA node for each, and to die where there are not enough of them.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _share_cores(sorted(os.sched_getaffinity(0)), workers))
+
+
+def _share_cores(cores: list[int], workers: int) -> str:
+    """Cores of each worker, as vLLM reads them: "0,1|2,3"; with more workers than cores some have the same one."""
+    bounds = [len(cores) * index // workers for index in range(workers + 1)]
+    shares = [cores[first : max(end, first + 1)] for first, end in pairwise(bounds)]
+    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def _can_compile() -> bool:
@@ -269,8 +287,9 @@ class Engine:
 
     @property
     def max_sequences(self) -> int:
-        """Sequences it computes at once."""
-        return int(self._llm.vllm_config.scheduler_config.max_num_seqs)
+        """Sequences it computes at once, all replicas together."""
+        config = self._llm.vllm_config
+        return int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
 
     @property
     def context_length(self) -> int:
@@ -292,15 +311,15 @@ class Engine:
 
     async def reset_counters(self) -> None:
         """Forget the rows of the warm-up."""
-        await self._llm.collective_rpc("sparsity_reset")
+        await self._ask_workers("sparsity_reset")
 
     async def snapshots(self) -> list[SparsitySnapshot]:
-        """Each worker's sparsity counters; the engine goes on working while a GPU copies them."""
-        answers = await self._llm.collective_rpc("sparsity_snapshot_begin")
-        while None in answers:
+        """Each replica's sparsity counters; the engine goes on working while a GPU copies them."""
+        replicas = await self._ask_workers("sparsity_snapshot_begin")
+        while any(None in workers for workers in replicas):
             await asyncio.sleep(_SNAPSHOT_INTERVAL)
-            answers = await self._llm.collective_rpc("sparsity_snapshot_poll")
-        return cast(list[SparsitySnapshot], answers)
+            replicas = await self._ask_workers("sparsity_snapshot_poll")
+        return [merge(workers) for workers in replicas]
 
     def kill(self) -> None:
         """End the engine's processes now, also those that are stopped or whose parent is gone; requests get an error."""
@@ -334,7 +353,12 @@ class Engine:
         return self._llm.get_num_unfinished_requests() > 0
 
     async def _ask(self) -> None:
-        await self._llm.collective_rpc("check_health")
+        await self._ask_workers("check_health")
+
+    async def _ask_workers(self, method: str) -> list[list[Any]]:
+        """All workers' answers, by replica; vLLM's own ``collective_rpc`` gives those of one replica."""
+        client = self._llm.engine_core
+        return cast(list[list[Any]], await client.call_utility_all_async("collective_rpc", method, None, (), None))
 
 
 def _family(processes: list[multiprocessing.Process]) -> list[psutil.Process]:

@@ -153,6 +153,7 @@ class Checkpoint:
                 f"MODEL {str(folder)!r} is not a folder on this machine. Give the path of a checkpoint folder (config.json,"
                 " tokenizer, *.safetensors); models are never downloaded."
             )
+        _check_links(path)
         config = read_json(
             path, "config.json", "It is not a Hugging Face checkpoint folder; give the folder that holds it."
         )
@@ -264,6 +265,24 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # a name that no folder can have, or a parent that may not be read
         return False
+
+
+def _check_links(folder: Path) -> None:
+    """Whoever wrote a checkpoint must not choose which other files of this machine are read."""
+    inside = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not _target(path).is_relative_to(inside):
+            raise UserError(
+                f"{path} is a symbolic link that leaves the checkpoint's folder. Copy the folder with what its links point to"
+                " (`cp -rL`), and give the copy."
+            )
+
+
+def _target(link: Path) -> Path:
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError):  # a loop of links, which Python 3.13 no longer reports
+        return Path("/")
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -15,7 +15,7 @@ def fleet() -> Dashboard:
     """The board."""
     return board(
         "prosparse-fleet",
-        "ProSparse · Fleet",
+        "ProSparse / Fleet",
         "The chosen servers side by side: which replica stands out, and in what.",
         [
             Row("Together", _together()),

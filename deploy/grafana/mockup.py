@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from deploy.grafana import strokes
 from deploy.grafana.__main__ import FOLDER
 from deploy.grafana.panels import COLUMNS
-from deploy.queries import without_variables
+from deploy.metrics.queries import without_variables
 
 # Inches of a grid cell.
 CELL = (0.72, 0.42)

@@ -42,7 +42,7 @@ def service() -> Dashboard:
     """The board."""
     return board(
         "prosparse-service",
-        "ProSparse · Service",
+        "ProSparse / Service",
         "Is the service well: readiness, traffic, latency, load and objectives of the chosen servers together.",
         [
             Row("Now", _now()),

@@ -75,7 +75,7 @@ def sparsity() -> Dashboard:
     """The board."""
     return board(
         "prosparse-sparsity",
-        "ProSparse · Sparsity",
+        "ProSparse / Sparsity",
         "How sparse the feed-forward layers run, which path they take, and what that saves.",
         [
             Row("Now", _now()),

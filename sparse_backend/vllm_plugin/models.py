@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.lora.utils import is_in_target_modules
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -22,9 +22,10 @@ from vllm.platforms import current_platform
 
 from sparse_backend.activation import Activation
 from sparse_backend.vllm_plugin import padding
-from sparse_backend.vllm_plugin.ffn_path import max_sparse_rows_per_layer
+from sparse_backend.vllm_plugin.ffn_path import layer_table, max_sparse_rows_per_layer, plugin_settings
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
 from sparse_backend.vllm_plugin.norm import norm_class
+from sparse_backend.vllm_plugin.row_counts import RowCountsWriter, WorkerFacts, file_of, most_rows
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class SparseFeedForward:
     if TYPE_CHECKING:
         model: nn.Module
         packed_modules_mapping: dict[str, list[str]]
+
+    _row_counts: RowCountsWriter | None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         """Build the model for one worker.
@@ -74,12 +77,44 @@ class SparseFeedForward:
             norm = norm_class(vllm_config.model_config.dtype, config.hidden_size, layer.mlp.max_sparse_rows)
             for name in _NORMS:
                 setattr(layer, name, norm(config.hidden_size, eps=config.rms_norm_eps))
-        self._tell_of_dense_layers()
+        if get_tensor_model_parallel_rank() == 0:
+            self._tell_of_dense_layers()
+        self._row_counts = self._count_rows(vllm_config) if plugin_settings(vllm_config).count_rows else None
 
     def process_weights_after_loading(self) -> None:
         """Called by vLLM when all weights are in place."""
         for mlp in self._sparse_mlps():
             mlp.make_neuron_major()
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """As vLLM's; called once a step behind the layers and outside their graphs, it also passes the rows' counts on."""
+        self._publish_row_counts()
+        return super().compute_logits(hidden_states)  # type: ignore[misc]
+
+    def reset_row_counts(self) -> None:
+        """Forget the rows counted so far, once the layers' counters are zero."""
+        if self._row_counts is not None:
+            self._row_counts.reset()
+
+    def _publish_row_counts(self) -> None:
+        if self._row_counts is not None:
+            self._row_counts.publish()
+
+    def _count_rows(self, vllm_config: VllmConfig) -> RowCountsWriter | None:
+        mlps = self._sparse_mlps()
+        row_active = torch.zeros(most_rows(vllm_config), dtype=torch.int32, device=mlps[0].counters.device)
+        for mlp in mlps:
+            mlp.count_rows(row_active)
+        if get_tensor_model_parallel_rank() > 0 or not get_pp_group().is_last_rank:
+            return None
+        table = layer_table(vllm_config)
+        facts: WorkerFacts = {
+            "neurons": sum(mlp.d_ff for mlp in mlps),
+            "max_sparse_rows": [mlp.max_sparse_rows for mlp in mlps],
+            "sparse_us": list(table.sparse),
+            "dense_us": list(table.dense),
+        }
+        return RowCountsWriter(file_of(vllm_config), mlps[0].counters, row_active, facts)
 
     def _sparse_mlps(self) -> list[SparseGatedMLP]:
         return [layer.mlp for layer in self.model.layers if not isinstance(layer, PPMissingLayer)]
@@ -121,15 +156,24 @@ def _as_swish(config: PreTrainedConfig) -> Iterator[None]:
         config.hidden_act = hidden_act
 
 
-class SparseLlamaForCausalLM(SparseFeedForward, LlamaForCausalLM):
+class _SharedSampling(SparseFeedForward):
+    """Of the classes whose ranks may share the sampling out."""
+
+    def compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What vLLM then calls in place of ``compute_logits``."""
+        self._publish_row_counts()
+        return super().compute_logits_local(hidden_states)  # type: ignore[misc]
+
+
+class SparseLlamaForCausalLM(_SharedSampling, LlamaForCausalLM):
     """LLaMA: ProSparse, ReluLLaMA, SparseLM, MiniCPM-S in LLaMA's format."""
 
 
-class SparseMistralForCausalLM(SparseFeedForward, MistralForCausalLM):
+class SparseMistralForCausalLM(_SharedSampling, MistralForCausalLM):
     """Mistral."""
 
 
-class SparseBambooForCausalLM(SparseFeedForward, MistralForCausalLM):
+class SparseBambooForCausalLM(_SharedSampling, MistralForCausalLM):
     """Mistral with dReLU: Bamboo and TurboSparse-Mistral.
 
     TurboSparse's folders also hold predictors, small networks that guess from the residual stream which neurons will be active

@@ -62,20 +62,52 @@ def merge(snapshots: list[SparsitySnapshot]) -> SparsitySnapshot:
     Raises:
         ValueError: ``snapshots`` is empty.
     """
-    if not snapshots:
-        raise ValueError("no worker returned a sparsity snapshot")
-    merged: dict[str, LayerSnapshot] = {}
+    merged = _by_layer(snapshots)
+    for whole, shares in merged.values():
+        for share in shares:
+            whole["d_ff"] += share["d_ff"]
+            _add(whole, share, ("active", "union"))
+    return _joined(snapshots, merged)
+
+
+def add_up(replicas: list[SparsitySnapshot]) -> SparsitySnapshot:
+    """Join the snapshots of data-parallel replicas, each of a whole model of its own: all counts add up.
+
+    Raises:
+        ValueError: ``replicas`` is empty.
+    """
+    merged = _by_layer(replicas)
+    for whole, others in merged.values():
+        for other in others:
+            _add(whole, other, ("rows", "active", "union", "steps"))
+    return _joined(replicas, merged)
+
+
+_Merged = dict[str, tuple[LayerSnapshot, list[LayerSnapshot]]]
+_Kind = Literal["rows", "active", "union", "steps"]
+
+
+def _by_layer(snapshots: list[SparsitySnapshot]) -> _Merged:
+    """Per layer, a copy of what the first snapshot that has it says, and what the others say."""
+    merged: _Merged = {}
     for snapshot in snapshots:
         for layer in snapshot["layers"]:
-            whole = merged.get(layer["layer"])
-            if whole is None:
-                merged[layer["layer"]] = {
-                    **layer,
-                    "paths": {path: {**counts} for path, counts in layer["paths"].items()},
-                }
-                continue
-            whole["d_ff"] += layer["d_ff"]
-            for path, counts in layer["paths"].items():
-                whole["paths"][path]["active"] += counts["active"]
-                whole["paths"][path]["union"] += counts["union"]
-    return {"kernel": snapshots[0]["kernel"], "layers": sorted(merged.values(), key=lambda layer: int(layer["layer"]))}
+            if layer["layer"] in merged:
+                merged[layer["layer"]][1].append(layer)
+            else:
+                paths: dict[Path, PathCounts] = {path: {**counts} for path, counts in layer["paths"].items()}
+                merged[layer["layer"]] = ({**layer, "paths": paths}, [])
+    return merged
+
+
+def _add(whole: LayerSnapshot, other: LayerSnapshot, kinds: tuple[_Kind, ...]) -> None:
+    for path, counts in other["paths"].items():
+        for kind in kinds:
+            whole["paths"][path][kind] += counts[kind]
+
+
+def _joined(snapshots: list[SparsitySnapshot], merged: _Merged) -> SparsitySnapshot:
+    if not snapshots:
+        raise ValueError("no worker returned a sparsity snapshot")
+    layers = sorted((whole for whole, _ in merged.values()), key=lambda layer: int(layer["layer"]))
+    return {"kernel": snapshots[0]["kernel"], "layers": layers}

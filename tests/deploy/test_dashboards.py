@@ -16,7 +16,7 @@ from grafana_foundation_sdk.cog.variants import Dataquery
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.grafana.__main__ import FOLDER, files
-from deploy.queries import boards
+from deploy.metrics.queries import boards
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BOARDS = {board["uid"]: board for board in boards()}

@@ -4,20 +4,11 @@ import asyncio
 
 import pytest
 
-from deploy.prometheus import exported, reference
-from deploy.queries import dashboard_expressions, metrics, rule_expressions, selectors
+from deploy.metrics import exported, reference
+from deploy.metrics.queries import dashboard_expressions, metrics, rule_expressions, selectors
 
 # Prometheus's own.
 BUILT_IN = {"up", "ALERTS"}
-
-# Temporary: metrics that branches not merged yet will export. To be gone with them.
-TO_COME = {
-    "sparse_request_density_bucket": set(),
-    "sparse_cost_error_ratio": {"path"},
-    "sparse_scheduler_decisions_total": {"decision"},
-    "sparse_scheduler_fallbacks_total": {"reason"},
-    "sparse_batching_info": {"policy"},
-}
 
 EXPRESSIONS = [*dashboard_expressions(), *rule_expressions()]
 RECORDED = {rule.place for rule in rule_expressions() if rule.kind == "record"}
@@ -39,9 +30,7 @@ def vllms():
 @pytest.fixture(scope="module")
 def known(ours, vllms):
     """{series: its labels} of all that the code exports."""
-    return TO_COME | {
-        name: set(exported.labels(family)) for family in (*ours, *vllms) for name in exported.series(family)
-    }
+    return {name: set(exported.labels(family)) for family in (*ours, *vllms) for name in exported.series(family)}
 
 
 def test_every_metric_that_is_named_is_exported_or_recorded(known):
@@ -93,4 +82,4 @@ def test_the_objectives_limits_are_buckets_of_vllms_histograms(vllms):
 
 
 def test_the_reference_is_up_to_date():
-    assert reference.PAGE.read_text() == reference.page(), "run `python -m deploy.prometheus.reference`"
+    assert reference.PAGE.read_text() == reference.page(), "run `python -m deploy.metrics.reference`"

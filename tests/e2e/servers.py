@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-PROSPARSE = Path(sys.executable).with_name("prosparse")
+# The command is found beside Python, or where the environment says: a client may live in another environment than the server.
+PROSPARSE = Path(os.environ.get("PROSPARSE", Path(sys.executable).with_name("prosparse")))
 
 # Seconds a first start may take on a busy two-core machine: it builds the kernels and compiles the model.
 START_LIMIT = 240
@@ -78,6 +79,11 @@ class Server:
     def shared_memory(self) -> set[Path]:
         """What there is under /dev/shm that one of the server's processes has mapped."""
         return {path for pid in self.processes() for path in _mapped(pid) if path.exists()}
+
+    def memory(self) -> dict[str, int]:
+        """Resident bytes of each process, by its name."""
+        page = os.sysconf("SC_PAGE_SIZE")
+        return {_name(pid): int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in self.processes()}
 
     def engine_process(self, role: str) -> int:
         """The process of the engine that calls itself ``role``: EngineCore or Worker."""

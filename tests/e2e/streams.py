@@ -52,6 +52,11 @@ class Request:
                 self._writer.close()
         return self.outcome
 
+    @property
+    def connected(self) -> bool:
+        """True once it was sent."""
+        return hasattr(self, "_began")
+
     def leave(self) -> None:
         """Go away."""
         self._writer.transport.abort()

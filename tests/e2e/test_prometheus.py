@@ -10,9 +10,8 @@ import httpx
 import pytest
 
 from deploy.grafana import mockup
-from deploy.queries import Expression, boards, dashboard_expressions, rule_expressions, selectors
+from deploy.metrics.queries import boards, dashboard_expressions, rule_expressions, selectors
 from tests.deploy.prometheus import MISSING, Prometheus, program
-from tests.deploy.test_metrics import TO_COME
 from tests.e2e.servers import Server
 
 pytestmark = pytest.mark.skipif(not program("prometheus"), reason=MISSING.format("prometheus"))
@@ -24,11 +23,12 @@ _NO_ALERT = "nothing is wrong"
 
 # What finds nothing while all is well, with the reason. A panel by its place, a selector of a rule as PromQL.
 EMPTY_AT_REST = {
-    "ProSparse · Service: Alerts": _NO_ALERT,
-    "ProSparse · Sparsity: Alerts": _NO_ALERT,
-    "ProSparse · Fleet: Alerts": _NO_ALERT,
-    "ProSparse · Service: Rejections by reason": "no request was refused",
-    "ProSparse · Sparsity: Fallbacks to first come, first served": "the scheduler did not fall back",
+    "ProSparse / Service: Alerts": _NO_ALERT,
+    "ProSparse / Sparsity: Alerts": _NO_ALERT,
+    "ProSparse / Fleet: Alerts": _NO_ALERT,
+    "ProSparse / Service: Rejections by reason": "no request was refused",
+    "ProSparse / Sparsity: Decisions": "the server batches first come, first served, which leaves nothing to decide",
+    "ProSparse / Sparsity: Fallbacks to first come, first served": "the scheduler did not fall back",
     'sparse_http_requests_total{path=~"/v1/.*",status=~"5.."}': "no request failed",
     'sparse_kernel_info{reason!=""}': "there is a sparse path",
     "instance:sparse_ffn_drifted_layers:count15m": "no layer is off its density",
@@ -77,22 +77,14 @@ def finds(series: list[dict]) -> bool:
     return any(not math.isnan(float(value)) for value in values)
 
 
-def is_to_come(expression: Expression) -> bool:
-    return any(selector.name in TO_COME for selector in selectors(expression.text))
-
-
 @pytest.mark.parametrize("expression", dashboard_expressions(), ids=lambda expression: expression.place)
 def test_every_panel_shows_something(prometheus, expression):
-    if is_to_come(expression):
-        pytest.skip("to come")
     found = prometheus.query_range(expression.text, seconds=LOAD, step=1)
     assert finds(found) or expression.place in EMPTY_AT_REST
 
 
 @pytest.mark.parametrize("rule", rule_expressions(), ids=lambda rule: rule.place)
 def test_every_series_that_a_rule_reads_is_there(prometheus, rule):
-    if is_to_come(rule):
-        pytest.skip("to come")
     missing = [
         text
         for selector in selectors(rule.text)

@@ -25,7 +25,10 @@ def snapshot(rows, active, union, steps, *, dense_rows=0, layers=1):
         {
             "kernel": {"name": "cpu", "isa": "avx2", "reason": ""},
             "layers": [
-                {"layer": str(index), "d_ff": D_FF, "neuron_bytes": 32, "max_sparse_rows": 4, "paths": paths}
+                {
+                    **{"layer": str(index), "d_ff": D_FF, "neuron_bytes": 32, "max_sparse_rows": 4},
+                    **{"dense_reason": "", "paths": paths},
+                }
                 for index in range(layers)
             ],
         }
@@ -142,14 +145,27 @@ async def test_slow_scrapes_use_the_scrape_before(live, engine):
     assert shown["sparse_ffn_density", "0"] == pytest.approx(0.5)
 
 
-async def test_workers_are_merged(engine):
+async def test_replicas_add_up(engine):
     engine.answer = snapshot(10, 120, 90, 5) + snapshot(10, 80, 10, 5)
     live = SparsityTelemetry(clock=engine.clock)
     await live.start(engine.ask)
     shown = samples(live)
-    assert shown["sparse_ffn_neurons", "0"] == 2 * D_FF
-    assert shown["sparse_ffn_rows_total", "0", "sparse"] == 10
+    assert shown["sparse_ffn_neurons", "0"] == D_FF
+    assert shown["sparse_ffn_rows_total", "0", "sparse"] == 20
     assert shown["sparse_ffn_active_neurons_total", "0", "sparse"] == 200
+
+
+async def test_layers_that_vllm_computes_are_named_with_the_reason(engine):
+    engine.answer = snapshot(10, 120, 90, 5, layers=3)
+    for layer, reason in zip(engine.answer[0]["layers"], ("lora", "", "quantization"), strict=True):
+        layer["dense_reason"] = reason
+    live = SparsityTelemetry(clock=engine.clock)
+    await live.start(engine.ask)
+    fallbacks = {key: value for key, value in samples(live).items() if key[0] == "sparse_ffn_dense_fallback"}
+    assert fallbacks == {
+        ("sparse_ffn_dense_fallback", "0", "lora"): 1,
+        ("sparse_ffn_dense_fallback", "2", "quantization"): 1,
+    }
 
 
 async def test_the_engine_is_asked_at_most_once_per_interval(live, engine):

@@ -1,7 +1,9 @@
 """The contract with vLLM 0.32's server internals: flags, routes, error handlers. Starts no engine."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -64,27 +66,76 @@ def test_float16_is_for_gpus(compat, tmp_path, monkeypatch):
     assert parse(compat, folder).kv_cache_memory_bytes is None
 
 
-class Workers:
-    """Stands in for vLLM's engine: two workers, each done with its copy after so many questions."""
+@pytest.mark.parametrize(
+    ("flags", "bound"),
+    [
+        ((), None),
+        (("-tp", "2"), "0,1,2|3,4,5"),
+        (("-dp", "2", "-tp", "2"), "0|1,2|3|4,5"),
+        (("-dp", "4", "-dpl", "1", "-tp", "2"), "0,1,2|3,4,5"),
+        (("-pp", "2", "-tp", "4"), "0|0|1|2|3|3|4|5"),
+    ],
+)
+def test_cpu_workers_share_the_cores_out(compat, folder, monkeypatch, flags, bound):
+    # Set first: what is not there is not put back as it was.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "")
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND")
+    monkeypatch.setattr(compat, "_can_compile", lambda: True)
+    monkeypatch.setattr(compat.os, "sched_getaffinity", lambda _: set(range(6)))
+    parse(compat, folder, *flags)
+    assert os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == bound
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "5")
+    parse(compat, folder, *flags)
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "5"
 
-    def __init__(self, *patience: int) -> None:
+
+@pytest.mark.parametrize("can_compile", [True, False])
+def test_an_uncompiled_pipeline_on_a_cpu_is_refused(compat, folder, monkeypatch, can_compile):
+    monkeypatch.setattr(compat, "_can_compile", lambda: can_compile)
+    flags = ("--enforce-eager",) if can_compile else ()
+    with pytest.raises(UserError, match=r"--pipeline-parallel-size 2 on a CPU needs the compiled model"):
+        parse(compat, folder, "-pp", "2", *flags)
+
+
+class Replicas:
+    """Stands in for vLLM's engines, of two tensor-parallel workers each, who are done with a copy after so many questions."""
+
+    def __init__(self, *patience: tuple[int, int]) -> None:
         self.patience = list(patience)
         self.asked: list[str] = []
 
-    async def collective_rpc(self, method):
+    async def call_utility_all_async(self, utility, method, *arguments):
+        assert (utility, arguments) == ("collective_rpc", (None, (), None))
         self.asked.append(method)
-        answers = [f"snapshot of {rank}" if left <= 0 else None for rank, left in enumerate(self.patience)]
-        self.patience = [left - 1 for left in self.patience]
+        answers = [
+            [None if left > 0 else worker_snapshot(rows=10 + replica) for left in workers]
+            for replica, workers in enumerate(self.patience)
+        ]
+        self.patience = [(first - 1, second - 1) for first, second in self.patience]
         return answers
 
 
-@pytest.mark.parametrize(("patience", "polls"), [((0, 0), 0), ((1, 0), 1), ((0, 3), 3)])
+def worker_snapshot(rows):
+    counts = {"rows": rows, "active": 5, "union": 3, "steps": 2}
+    layer = {"layer": "0", "d_ff": 64, "neuron_bytes": 32, "max_sparse_rows": 4, "dense_reason": ""}
+    return {"kernel": {}, "layers": [{**layer, "paths": {"sparse": counts, "dense": counts}}]}
+
+
+@pytest.mark.parametrize(
+    ("patience", "polls"),
+    [([(0, 0)], 0), ([(1, 0)], 1), ([(0, 3)], 3), ([(0, 0), (0, 2)], 2), ([(1, 0), (0, 0), (0, 0)], 1)],
+)
 async def test_the_workers_are_asked_until_all_have_their_counters(compat, monkeypatch, patience, polls):
     monkeypatch.setattr(compat, "_SNAPSHOT_INTERVAL", 0)
     engine = compat.Engine.__new__(compat.Engine)
-    engine._llm = workers = Workers(*patience)
-    assert await engine.snapshots() == ["snapshot of 0", "snapshot of 1"]
-    assert workers.asked == ["sparsity_snapshot_begin"] + ["sparsity_snapshot_poll"] * polls
+    replicas = Replicas(*patience)
+    engine._llm = SimpleNamespace(engine_core=replicas)
+    snapshots = await engine.snapshots()
+    assert replicas.asked == ["sparsity_snapshot_begin"] + ["sparsity_snapshot_poll"] * polls
+    # One for each replica, its ranks' shares joined.
+    layers = [snapshot["layers"][0] for snapshot in snapshots]
+    assert [layer["paths"]["sparse"]["rows"] for layer in layers] == [10 + replica for replica in range(len(patience))]
+    assert all(layer["d_ff"] == 128 and layer["paths"]["sparse"]["active"] == 10 for layer in layers)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +160,7 @@ def test_unusable_vllm_flags_are_named(compat, folder, flags, expected):
     assert "\n" not in str(caught.value)
 
 
-def test_no_data_parallel_flag_of_vllms_gets_through():
+def test_replicas_that_answer_to_several_servers_are_refused_under_every_name():
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -121,8 +172,11 @@ def test_no_data_parallel_flag_of_vllms_gets_through():
         for option in action.option_strings
         if not option.startswith("--no-")
     }
-    assert {"--data-parallel-size", "-dp", "-dpl"} <= flags
-    for flag in flags:
+    served = {f"--data-parallel-{name}" for name in ("size", "size-local", "address", "rpc-port", "backend")}
+    served |= {"-dp", "-dpl", "-dpa", "-dpp", "-dpb"}
+    Settings.load({"model": "m", "vllm_flags": [*served]})
+    assert served < flags
+    for flag in flags - served:
         with pytest.raises(UserError, match=f"{flag} is refused"):
             Settings.load({"model": "m", "vllm_flags": [flag]})
 

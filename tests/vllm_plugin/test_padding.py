@@ -6,10 +6,10 @@ import pytest
 import torch
 from vllm.forward_context import ForwardContext, override_forward_context
 
-from sparse_backend.ffn import counters, sparse_gated_ffn
+from sparse_backend.ffn import counters, gated_activation, sparse_gated_ffn
 from sparse_backend.ffn.counters import ACTIVE, DENSE, ROWS, SPARSE, STEPS
 from sparse_backend.vllm_plugin import padding
-from sparse_backend.vllm_plugin.padding import sparse_gated_ffn_of_real_rows
+from sparse_backend.vllm_plugin.padding import gated_activation_of_real_rows, sparse_gated_ffn_of_real_rows
 
 ROWS_OF_STEP, D_MODEL, D_FF = 6, 16, 64
 
@@ -96,7 +96,7 @@ def test_compiled_layers_share_the_counts_of_rows(layer):
     @torch.compile(fullgraph=True)
     def compiled(x):
         for counted in layers:
-            x = x + sparse_gated_ffn_of_real_rows(x, *weights, counted, 4, row_active)
+            x = x + sparse_gated_ffn_of_real_rows(x, *weights, counted, 4, row_active=row_active)
         return x
 
     for real_rows in (2, 5):
@@ -104,7 +104,7 @@ def test_compiled_layers_share_the_counts_of_rows(layer):
             compiled(x)
             y = x
             for _ in layers:
-                y = y + sparse_gated_ffn_of_real_rows(y, *weights, counters.new_counters(), 4, expected)
+                y = y + sparse_gated_ffn_of_real_rows(y, *weights, counters.new_counters(), 4, row_active=expected)
     assert expected[:2].all()
     assert not expected[5:].any()
     assert row_active.tolist() == expected.tolist()
@@ -124,5 +124,24 @@ def test_opcheck(layer):
     with context(mask(4)):
         torch.library.opcheck(
             torch.ops.prosparse.sparse_gated_ffn_of_real_rows.default,
-            (*layer, counters.new_counters(), 4, torch.zeros(8, dtype=torch.int32)),
+            (*layer, counters.new_counters(), 4, False, torch.zeros(8, dtype=torch.int32)),
         )
+
+
+@pytest.mark.parametrize("drelu", [False, True])
+def test_the_activation_leaves_padding_out_too(layer, drelu):
+    x, gate_up = layer[:2]
+    gate_up_out = x @ gate_up.t()
+    counted, expected_counted = (counters.new_counters(drelu=drelu) for _ in range(2))
+    row_active = torch.zeros(ROWS_OF_STEP, dtype=torch.int32)
+    with context(mask(4)):
+        h = gated_activation_of_real_rows(gate_up_out, 0.5, counted, drelu, row_active)
+        torch.library.opcheck(
+            torch.ops.prosparse.gated_activation_of_real_rows.default,
+            (gate_up_out, 0.5, counters.new_counters(drelu=drelu), drelu, torch.zeros(8, dtype=torch.int32)),
+        )
+    expected = gated_activation(gate_up_out[:4].clone(), 0.5, expected_counted, None, drelu)
+    assert torch.equal(h[:4], expected)
+    assert not h[4:].any()
+    assert counted.equal(expected_counted)
+    assert row_active.sum() == counted[:2, ACTIVE].sum()

@@ -1,6 +1,6 @@
 import pytest
 
-from sparse_backend.vllm_plugin.snapshot import LayerSnapshot, SparsitySnapshot, merge
+from sparse_backend.vllm_plugin.snapshot import LayerSnapshot, SparsitySnapshot, add_up, merge
 
 
 def layer(index: int, active: int, union: int, rows: int = 10, steps: int = 2) -> LayerSnapshot:
@@ -43,3 +43,26 @@ def test_merging_leaves_the_parts_as_they_were() -> None:
 def test_no_worker_is_an_error() -> None:
     with pytest.raises(ValueError, match="no worker"):
         merge([])
+
+
+def test_replicas_add_up_everything_but_their_neurons() -> None:
+    replicas = [snapshot(layer(0, 70, 40), layer(1, 5, 4)), snapshot(layer(0, 30, 20, rows=7, steps=3), layer(1, 1, 1))]
+    whole, second = add_up(replicas)["layers"]
+    assert whole["d_ff"] == 64
+    assert whole["paths"]["sparse"] == {"rows": 17, "active": 100, "union": 60, "steps": 5}
+    assert second["paths"]["sparse"]["rows"] == 20
+    # What they were made of is as it was.
+    assert replicas[0]["layers"][0]["paths"]["sparse"]["rows"] == 10
+
+
+def test_replicas_of_tensor_parallel_ranks() -> None:
+    one = merge([snapshot(layer(0, 70, 40)), snapshot(layer(0, 30, 20))])
+    other = merge([snapshot(layer(0, 7, 4, rows=1, steps=1)), snapshot(layer(0, 3, 2, rows=1, steps=1))])
+    (whole,) = add_up([one, other])["layers"]
+    assert whole["d_ff"] == 128
+    assert whole["paths"]["sparse"] == {"rows": 11, "active": 110, "union": 66, "steps": 3}
+
+
+def test_no_replica_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no worker"):
+        add_up([])

@@ -30,7 +30,7 @@ class Worker(SparsityWorkerExtension):
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         config = SimpleNamespace(dtype=torch.bfloat16, hf_config=SimpleNamespace(hidden_size=16))
-        self.model_runner = SimpleNamespace(model_config=config)
+        self.model_runner = SimpleNamespace(model_config=config, get_model=object)
         self.mlps = [mlp(0), mlp(1)]
 
     def _sparse_mlps(self):

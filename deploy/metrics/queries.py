@@ -10,8 +10,8 @@ from typing import Any
 import promql_parser
 import yaml
 
-DASHBOARDS = Path(__file__).parent / "grafana" / "dashboards"
-RULES = Path(__file__).parent / "prometheus" / "rules"
+DASHBOARDS = Path(__file__).parents[1] / "grafana" / "dashboards"
+RULES = Path(__file__).parents[1] / "prometheus" / "rules"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write docs/metrics.md, the reference of all metrics: ``python -m deploy.prometheus.reference``."""
+"""Write docs/metrics.md, the reference of all metrics: ``python -m deploy.metrics.reference``."""
 
 import asyncio
 from collections import defaultdict
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from prometheus_client import Metric
 
-from deploy.prometheus.exported import labels, ours, series, vllms
-from deploy.queries import dashboard_expressions, metrics, rule_expressions
+from deploy.metrics.exported import labels, ours, series, vllms
+from deploy.metrics.queries import dashboard_expressions, metrics, rule_expressions
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 _INTRODUCTION = """\
 # Metrics
 
-What `/metrics` shows, generated from the code by `python -m deploy.prometheus.reference`. Durations are in seconds, sizes in
+What `/metrics` shows, generated from the code by `python -m deploy.metrics.reference`. Durations are in seconds, sizes in
 bytes, shares between 0 and 1; a name that ends in `_total` only grows while the server runs. The last column says where a
 metric is shown or watched: the [dashboards](../deploy/grafana/dashboards) Service, Sparsity and Fleet, and the alerts of the
 [runbook](runbook.md).
@@ -55,7 +55,7 @@ def _uses() -> dict[str, set[str]]:
     for expression in (*dashboard_expressions(), *rule_expressions()):
         if expression.kind == "record":
             continue
-        where = "alerts" if expression.kind == "alert" else expression.place.split(": ")[0].split(" · ")[1]
+        where = "alerts" if expression.kind == "alert" else expression.place.split(": ")[0].removeprefix("ProSparse / ")
         for name in metrics(expression.text):
             for source in recorded.get(name, {name}):
                 uses[source].add(where)

@@ -1,0 +1,95 @@
+"""Families over HTTP, also shared out over processes: replicas (DP) and pipeline stages (PP) on the CPU, one metric stream."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests import families
+from tests.e2e.servers import Server
+
+pytestmark = pytest.mark.engine
+
+TOKENS = 8
+PROMPTS = [
+    [5, 6, 7, 8],
+    [40, 41, 42],
+    [200, 12, 13, 14, 15],
+    [9, 8, 7],
+    [100, 101],
+    [60, 70, 80, 90],
+    [33, 34],
+    [250, 3, 4],
+]
+
+
+class Case(NamedTuple):
+    family: str
+    flags: tuple[str, ...]
+    replicas: int
+
+
+CASES = {
+    "one process": Case("minicpm-s", ("--enforce-eager",), 1),
+    "two replicas": Case("turbosparse-mistral", ("--enforce-eager", "--data-parallel-size", "2"), 2),
+    # Uncompiled, vLLM's own pipeline dies on a CPU.
+    "two stages": Case("sparseqwen2", ("--pipeline-parallel-size", "2"), 1),
+}
+
+
+class Running(NamedTuple):
+    case: Case
+    server: Server
+    expected: list[str]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    case = CASES[request.param]
+    root = tmp_path_factory.mktemp("served")
+    model = families.write(root / "model", case.family)
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    server = Server(
+        root / "model",
+        root / "log",
+        *("--dtype", "float32", "--ffn-path", "sparse", "--", "--max-num-seqs", "8", *case.flags),
+    )
+    try:
+        server.wait_ready()
+        yield Running(case, server, [tokenizer.decode(greedy(model, prompt)) for prompt in PROMPTS])
+    finally:
+        server.close()
+
+
+def greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
+    with torch.no_grad():
+        sequence = list(prompt)
+        for _ in range(TOKENS):
+            sequence.append(int(model(torch.tensor([sequence])).logits[0, -1].argmax()))
+    return sequence[len(prompt) :]
+
+
+def complete(server: Server, prompt: list[int]) -> str:
+    body = {"model": "model", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    response = server.post("/v1/completions", body)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["text"]
+
+
+def test_text_is_hugging_faces_and_every_row_is_counted_once(running: Running) -> None:
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        texts = list(pool.map(lambda prompt: complete(running.server, prompt), PROMPTS))
+    assert texts == running.expected
+    metrics = running.server.metrics()
+    rows = sum(map(len, PROMPTS)) + len(PROMPTS) * (TOKENS - 1)
+    for layer in ("0", "1"):
+        labels = frozenset({"layer": layer, "path": "sparse"}.items())
+        assert metrics["sparse_ffn_rows_total", labels] == rows
+        assert metrics["sparse_ffn_neurons", frozenset({"layer": layer}.items())] == 256
+        assert 0 < metrics["sparse_ffn_active_neurons_total", labels] < rows * 256
+    served = [value for (name, _), value in metrics.items() if name == "vllm:request_success_total" and value]
+    assert sum(served) == len(PROMPTS)
+    assert len(served) == running.case.replicas
