@@ -1,12 +1,15 @@
 """litellm, unmodified."""
 
 import json
+import os
 
 import pytest
 
 from tests.e2e.conftest import KEYS
 from tests.e2e.servers import Server
 
+# Or it asks the network for a list of prices.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 litellm = pytest.importorskip("litellm", reason="litellm is installed by `make test-clients`")
 
 pytestmark = pytest.mark.engine
@@ -23,8 +26,6 @@ TOOL = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA
 
 @pytest.fixture
 def server(guarded: Server) -> dict[str, object]:
-    # It asks the model's maker for a price list otherwise.
-    litellm.suppress_debug_info = True
     return {"model": "openai/demo", "api_base": guarded.url + "/v1", "api_key": KEYS["alice"], "num_retries": 0}
 
 
