@@ -35,20 +35,9 @@ def bench(*arguments: str) -> tuple[int, str, str]:
 
 def test_two_policies_replay_the_same_requests(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    arguments = [
-        "--trace",
-        "mix",
-        "--load",
-        "1",
-        "--rate",
-        "4",
-        "--seconds",
-        "8",
-        "--itl-slo-ms",
-        "500",
-        "--ttft-slo-ms",
-        "20000",
-    ]
+    arguments = ["--trace", "mix", "--load", "1", "--rate", "4", "--seconds", "8"]
+    # Such as a busy machine keeps, too: what is tested is not how fast it is.
+    arguments += ["--itl-slo-ms", "2000", "--ttft-slo-ms", "60000"]
     status, output, messages = bench(
         "--model", str(DEMO), *arguments, "--json", str(file), "--logs", str(tmp_path), "--", "--enforce-eager"
     )
