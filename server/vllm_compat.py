@@ -53,6 +53,7 @@ from vllm.version import __version__ as VLLM_VERSION
 
 from server.cli import nearest
 from server.errors import INTERNAL_TEXTS, RETRY_AFTER, error_body, error_response
+from server.openapi import document_served_fields
 from server.paths import API_PATHS
 from server.progress import say
 from server.record import RequestRecord, current_request
@@ -131,6 +132,10 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     arguments.hf_overrides = {"architectures": [checkpoint.model_class]}
     arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path, "count_rows": True}}
     arguments.scheduler_cls = SCHEDULER
+    if settings.batching == "sparse" and arguments.enable_chunked_prefill is False:
+        raise UserError(
+            "--batching sparse reads prompts in pieces, which --no-enable-chunked-prefill forbids. Leave one of them out."
+        )
     arguments.worker_extension_cls = "sparse_backend.vllm_plugin.worker.SparsityWorkerExtension"
     if settings.max_tokens is not None:
         # What stops an answer whose request names no number; our policy refuses those that name a larger one.
@@ -407,6 +412,7 @@ def attach(app: FastAPI) -> None:
     routes = [route for router in routers for route in router.routes if cast(APIRoute, route).path in API_PATHS]
     app.include_router(APIRouter(routes=routes))
     offline_docs.attach_router(app)
+    document_served_fields(app)
     init_exception_handler(app)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)

@@ -64,7 +64,7 @@ function take(reading) {
   if (readings.length > 0 && reading.time - readings.at(-1).time < SHORTEST) return;
   readings.push(reading);
   while (readings.length > 2 && readings[1].time < reading.time - HISTORY) readings.shift();
-  if (reading.kernel) $("kernel").textContent = [reading.kernel.name, reading.kernel.isa].filter(Boolean).join(" · ");
+  if (reading.kernel) $("kernel").textContent = [reading.kernel.name, reading.kernel.isa, reading.kernel.reason].filter(Boolean).join(" · ");
   if (readings.length > 1) show(readings);
 }
 

@@ -1,7 +1,9 @@
 """Dockerfiles and shell scripts by their linters, and what the images' instructions have to do with the rest."""
 
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,34 @@ def test_the_entrypoint_puts_the_images_kernels_beside_what_the_cache_holds(tmp_
     )
     assert (done.returncode, done.stdout) == (0, "serve /model\n"), done.stderr
     assert {file.name for file in (cache / "native").iterdir()} == {"old", "new"}
+
+
+def test_the_package_has_all_that_an_image_installs(tmp_path):
+    """Built from what .dockerignore lets through, as the images do."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for package in ("server", "sparse_backend"):
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+    ]
+    subprocess.run([*build, source], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    listed = subprocess.run(
+        ["git", "ls-files", "server", "sparse_backend"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(listed.stdout.splitlines()) <= packed
 
 
 def pins(name: str) -> dict[str, str]:

@@ -92,6 +92,9 @@ def test_settings_files_are_ones(tmp_path: Path) -> None:
 
 def test_blocks_say_what_they_are() -> None:
     assert [f"{block.page.name}:{block.line}" for block in blocks() if not block.language] == []
+    # Nor are there code blocks by mere indentation, which the expression above would not see.
+    rest = {page.name: _BLOCK.sub("", page.read_text()) for page in PAGES}
+    assert [name for name, text in rest.items() if re.search(r"^\n {4}\S", text, re.MULTILINE)] == []
 
 
 def test_most_pages_have_a_command_that_is_run() -> None:

@@ -20,10 +20,10 @@ from server.health import FrontDoor, Health
 from server.metrics import ServerMetrics
 from server.settings import Settings
 from server.telemetry import SparsityTelemetry
-from sparse_backend.vllm_plugin.snapshot import LayerSnapshot, SparsitySnapshot
+from sparse_backend.vllm_plugin.snapshot import SparsitySnapshot
 from tests.e2e.servers import free_port
+from tests.server.test_telemetry import D_FF, snapshot
 
-D_FF = 1000
 DENSITIES = (0.18, 0.04, 0.06, 0.11)
 """Of each layer, whatever is generated."""
 
@@ -33,8 +33,9 @@ class ScriptedServer:
 
     def __init__(self) -> None:
         self.words = [f"word{index} " for index in range(12)]
-        self.pause = 0.02
-        """Seconds between words."""
+        self.going = threading.Event()
+        """While it is clear, answers stop after their third word."""
+        self.going.set()
         self.failure: dict[str, Any] | None = None
         """An error event to send after the third word."""
         self.requests: list[dict[str, Any]] = []
@@ -107,7 +108,9 @@ class ScriptedServer:
 
     async def _answer(self, chat: bool) -> AsyncIterator[str]:
         for index, word in enumerate(self.words):
-            await asyncio.sleep(self.pause)
+            await asyncio.sleep(0.02)
+            if index == 3:
+                await asyncio.to_thread(self.going.wait, 60)
             if self.failure and index == 3:
                 yield f"data: {json.dumps({'error': self.failure})}\n\n"
                 return
@@ -120,21 +123,6 @@ class ScriptedServer:
         yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
 
     async def _snapshots(self) -> list[SparsitySnapshot]:
-        return [
-            {
-                "kernel": {"name": "cpu", "isa": "avx2", "reason": ""},
-                "layers": [self._layer(index, density) for index, density in enumerate(DENSITIES)],
-            }
-        ]
-
-    def _layer(self, index: int, density: float) -> LayerSnapshot:
-        active = round(self._rows * D_FF * density)
-        sparse = {"rows": self._rows, "active": active, "union": active, "steps": self._rows}
-        dense = {"rows": 0, "active": 0, "union": 0, "steps": 0}
-        return {
-            "layer": str(index),
-            "d_ff": D_FF,
-            "neuron_bytes": 512,
-            "max_sparse_rows": 8,
-            "paths": {"sparse": sparse, "dense": dense},  # type: ignore[typeddict-item]
-        }
+        records = [snapshot(self._rows, self._rows * D_FF * d, self._rows * D_FF * d, self._rows)[0] for d in DENSITIES]
+        layers = [{**record["layers"][0], "layer": str(index)} for index, record in enumerate(records)]
+        return [{**records[0], "layers": layers}]
