@@ -5,6 +5,7 @@ Importing it imports vLLM, which takes seconds and reads the environment: ``prep
 
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -341,6 +342,8 @@ class Engine:
         self._watchdog.stop()
         await asyncio.to_thread(self._llm.shutdown, timeout=_STOP_TIMEOUT)
         self.kill()
+        # What ``serve_on`` kept from being looked through is garbage now.
+        gc.unfreeze()
         for segment in self._shared_memory:
             segment.unlink(missing_ok=True)
 

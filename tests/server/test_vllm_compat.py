@@ -203,6 +203,14 @@ def test_contexts_within_the_checkpoints_pass(compat, folder, length):
     assert parse(compat, folder, "--max-model-len", length).max_model_len == (-1 if length == "auto" else int(length))
 
 
+def test_limits_and_traces_are_vllms_too(compat, folder):
+    arguments = parse(compat, folder, "--otlp-traces-endpoint", "http://127.0.0.1:4317", max_tokens=7, max_logprobs=50)
+    assert arguments.otlp_traces_endpoint == "http://127.0.0.1:4317"
+    assert arguments.override_generation_config["max_new_tokens"] == 7
+    assert arguments.max_logprobs == 50
+    assert parse(compat, folder).max_logprobs == 20
+
+
 def test_cve_2026_22807_27893_code_in_a_checkpoint_is_not_run(compat, tmp_path):
     from transformers import AutoTokenizer
     from vllm.engine.arg_utils import AsyncEngineArgs
