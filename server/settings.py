@@ -20,9 +20,7 @@ from sparse_backend.errors import UserError
 PREFIX = "PROSPARSE_"
 
 # Environment keys with our prefix that other rooms read; everything else under the prefix must be a setting.
-OTHER_ENVIRONMENT_KEYS = frozenset(
-    {"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA", "PROSPARSE_BATCHING_SETTINGS", "PROSPARSE_BATCHING_LEVERS"}
-)
+OTHER_ENVIRONMENT_KEYS = frozenset({"PROSPARSE_CACHE_DIR", "PROSPARSE_CPU_ISA", "PROSPARSE_BATCHING_SETTINGS"})
 
 # What PROSPARSE_CPU_ISA may be. The kernels decide what this CPU has of them, but only once the engine's workers are up.
 CPU_ISAS = ("amx", "avx512_bf16", "avx512f", "avx2", "portable")
@@ -119,12 +117,6 @@ class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
         allow_inf_nan=False,
         description="with --batching sparse: objective for the milliseconds to a request's first token",
     )
-    max_unfairness_ms: float = Field(
-        100.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="with --batching sparse: milliseconds that a waiting request may lose to others that came later",
-    )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         (),
         description="key that requests must carry as `Authorization: Bearer KEY`, written KEY or NAME KEY, where KEY may be"
@@ -198,6 +190,9 @@ class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
         except ValidationError as error:
             raise UserError(_describe(error, flags)) from None
         _check_vllm_flags(settings.vllm_flags)
+        for name in ("itl_slo_ms", "ttft_slo_ms"):
+            if settings.batching == "fcfs" and getattr(settings, name) is not None:
+                raise UserError(f"{flag_of(name)} is for --batching sparse. Give that as well, or leave it out.")
         return settings
 
     @property

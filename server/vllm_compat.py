@@ -131,6 +131,10 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     arguments.hf_overrides = {"architectures": [checkpoint.model_class]}
     arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path, "count_rows": True}}
     arguments.scheduler_cls = SCHEDULER
+    if settings.batching == "sparse" and arguments.enable_chunked_prefill is False:
+        raise UserError(
+            "--batching sparse reads prompts in pieces, which --no-enable-chunked-prefill forbids. Leave one of them out."
+        )
     arguments.worker_extension_cls = "sparse_backend.vllm_plugin.worker.SparsityWorkerExtension"
     if settings.max_tokens is not None:
         # What stops an answer whose request names no number; our policy refuses those that name a larger one.

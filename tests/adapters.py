@@ -38,26 +38,31 @@ def write_adapter(folder: Path, base: Path, modules: list[str]) -> Path:
     return folder
 
 
-def write_fp8_copy(folder: Path, base: Path, ignored: list[str]) -> Path:
-    """Copy ``base`` with its linear layers in float8, one scale a matrix; those whose name starts with an ignored one stay."""
+def write_int8_copy(folder: Path, base: Path, ignored: list[str]) -> Path:
+    """Copy ``base`` with its linear layers in int8, one scale a row; those whose name starts with an ignored one stay."""
     shutil.copytree(base, folder)
-    tensors = {}
+    tensors, left_alone = {}, ["lm_head"]
     for name, weight in load_file(base / "model.safetensors").items():
         module = name.removesuffix(".weight")
-        if not module.endswith("_proj") or any(module.startswith(start) for start in ignored):
+        if not module.endswith("_proj"):
             tensors[name] = weight
-            continue
-        scale = weight.abs().max().float() / torch.finfo(torch.float8_e4m3fn).max
-        tensors[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
-        tensors[f"{module}.weight_scale"] = scale
+        elif any(module.startswith(start) for start in ignored):
+            tensors[name] = weight
+            left_alone.append(module)
+        else:
+            scale = weight.abs().amax(dim=1, keepdim=True).float() / 127
+            tensors[name] = (weight.float() / scale).round().to(torch.int8)
+            tensors[f"{module}.weight_scale"] = scale
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    names = {name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")}
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    inputs = {**weights, "strategy": "token", "dynamic": True}
     edit_config(
         folder,
         quantization_config={
-            "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "ignored_layers": sorted(name for name in names if any(name.startswith(start) for start in ignored)),
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+            "ignore": left_alone,
         },
     )
     return folder

@@ -10,6 +10,9 @@
 # PRETRAIN_FLAGS  further flags of `prosparse pretrain`                           default: none
 # SPARSIFY_FLAGS  further flags of `prosparse sparsify`                           default: none
 # PYTHON          interpreter with this project's "train" extra                   default: python3
+#
+# The folder beside this script was made with CORPUS=stdlib.parquet (the library's sources, from another machine),
+# CORPUS_NAME='Python 3.11.7 standard library' and SPARSIFY_FLAGS=--keep-held-out.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -19,7 +19,7 @@ from deploy.grafana.panels import (
     number,
     scatter,
 )
-from deploy.grafana.promql import gauge, rate, select, total
+from deploy.grafana.promql import gauge, or_zero, rate, select, total
 
 NEURONS = select("sparse_ffn_neurons")
 NEURON_BYTES = select("sparse_ffn_neuron_bytes")
@@ -122,7 +122,11 @@ def _now() -> list[Tile]:
             "Saved", "Weight bytes not read per second; with dReLU an upper bound.", Query(bytes_saved()), unit="Bps"
         ),
         number(
-            "Output", "Tokens generated per second.", Query(total("vllm:generation_tokens_total")), unit="suffix: tok/s"
+            "Layers without",
+            "Layers that have no sparse path, as they may have a LoRA adapter or their weights are quantised.",
+            Query(or_zero(gauge("sum", "sparse_ffn_dense_fallback"))),
+            unit="none",
+            steps=Steps(GOOD, [(1, WARN)]),
         ),
         label(
             "Kernel",

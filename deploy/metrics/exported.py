@@ -37,7 +37,7 @@ def labels(family: Metric) -> list[str]:
 
 
 async def ours() -> list[Metric]:
-    """Our families (``sparse_…``), of a server with one layer that has been busy since its last scrape."""
+    """Our families (``sparse_…``), of a server that has been busy since its last scrape."""
     ticks = itertools.count(step=MIN_INTERVAL)
     telemetry = SparsityTelemetry([0.1], clock=lambda: next(ticks))
     rows = itertools.count()
@@ -90,17 +90,20 @@ def vllms() -> list[Metric]:
 
 
 def _busy(rows: int) -> SparsitySnapshot:
+    """Of two layers, one of which has no sparse path."""
     counts: PathCounts = {"rows": rows, "active": rows, "union": rows, "steps": rows}
+    reasons = ("", "quantization")
     return {
         "kernel": {"name": "cpu", "isa": "avx2", "reason": ""},
         "layers": [
             {
-                "layer": "0",
+                "layer": str(index),
                 "d_ff": 8,
                 "neuron_bytes": 16,
                 "max_sparse_rows": 1,
-                "dense_reason": "",
+                "dense_reason": reason,
                 "paths": dict.fromkeys(PATHS, counts),
             }
+            for index, reason in enumerate(reasons)
         ],
     }

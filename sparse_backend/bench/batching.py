@@ -9,110 +9,33 @@ they are replayed at the same time; otherwise they go one after another.
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
-import os
-import random
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
 
-import torch
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from sparse_backend.bench import machine, replay
 from sparse_backend.bench.arguments import positive_int
-from sparse_backend.bench.goodput import Objectives, Summary, summarise
-from sparse_backend.bench.machine import Machine
-from sparse_backend.bench.prompts import held_out_prompts
-from sparse_backend.bench.replay import Client, OneServer, Outcome, Prompt, Router
-from sparse_backend.bench.routing import ByDensity, Even
-from sparse_backend.bench.server_process import ServerProcess
+from sparse_backend.bench.batching_replays import (
+    PLACEMENTS,
+    POLICIES,
+    BatchingReport,
+    Plan,
+    Prompts,
+    densities,
+    measure,
+)
+from sparse_backend.bench.goodput import Objectives
 from sparse_backend.bench.synthetic_checkpoint import write_checkpoint
 from sparse_backend.bench.synthetic_model import SHAPES, SyntheticModel
-from sparse_backend.bench.trace import Trace, TraceRequest
-from sparse_backend.bench.trace import names as trace_names
+from sparse_backend.bench.trace import Trace
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
-from sparse_backend.ffn import paths
-from sparse_backend.vllm_plugin.batching import LEVERS_VARIABLE
-from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, layer_scale
 
-POLICIES: dict[str, tuple[str, str, list[str]]] = {
-    "fcfs": ("fcfs", "", []),
-    "fcfs-2048": ("fcfs", "", ["--max-num-batched-tokens", "2048"]),
-    "fcfs-512": ("fcfs", "", ["--max-num-batched-tokens", "512"]),
-    "sparse": ("sparse", "", []),
-    "sparse-cap": ("sparse", "chunk,cap", []),
-    "sparse-bunch": ("sparse", "chunk,bunch", []),
-    "sparse-sparsest": ("sparse", "chunk,sparsest", []),
-    "sparse-shortest": ("sparse", "chunk,shortest", []),
-    "sparse-all": ("sparse", "chunk,cap,sparsest", []),
-}
-"""--batching, its levers if others than its own, and flags of vLLM's."""
-
-_TEXTS = 64
-_LEAST_REQUESTS = 8
-_PLACEMENTS = ("even", "density")
 _TABLE_WIDTH = 180
-_SATURATION_REQUESTS = 4096
-
-
-class Replay(TypedDict):
-    """One policy at one load."""
-
-    policy: str
-    trace: str
-    load: float
-    rate: float
-    """Requests per second."""
-    cost_error: dict[str, float]
-    """Median relative error of the predicted step times at the end of the replay, by path."""
-    decisions: dict[str, float]
-    """The scheduler's since the server's start."""
-    fallbacks: dict[str, float]
-    summary: Summary
-
-
-class BatchingReport(TypedDict):
-    """The whole output."""
-
-    machine: Machine
-    model: str
-    itl_slo_ms: float | None
-    ttft_slo_ms: float | None
-    seed: int
-    capacity: dict[str, float]
-    """Requests per second, by trace."""
-    replays: list[Replay]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run."""
-
-    policies: list[str]
-    placements: list[str]
-    """Over ``replicas`` of the first policy; empty: one replica of each."""
-    replicas: int
-    traces: dict[str, Trace]
-    loads: list[float]
-    rate: float | None
-    seconds: float
-    saturate_s: float
-    at_once: int
-    seed: int
-    objectives: Objectives
-    settings: list[str]
-    vllm_flags: list[str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--placement",
         metavar="P,P",
-        help=f"replay over --replicas servers of the first policy, placing requests by: {', '.join(_PLACEMENTS)}",
+        help=f"replay over --replicas servers of the first policy, placing requests by: {', '.join(PLACEMENTS)}",
     )
     parser.add_argument("--replicas", type=positive_int, default=2, help="with --placement (default 2)")
     parser.add_argument("--load", default="0.6,0.9,1.2", metavar="L,L", help="shares of capacity (default 0.6,0.9,1.2)")
@@ -151,7 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths (default 0)")
     parser.add_argument("--itl-slo-ms", type=float, help="objective for 99 of 100 times between a request's tokens")
     parser.add_argument("--ttft-slo-ms", type=float, help="objective for the time to its first token")
-    parser.add_argument("--max-unfairness-ms", type=float, help="as of `prosparse serve`")
     parser.add_argument(
         "--corpus", default="stdlib", help="where the prompts of a checkpoint come from (default: stdlib)"
     )
@@ -165,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     with _checkpoint(arguments, plan) as (checkpoint, synthetic), contextlib.ExitStack() as stack:
         logs = arguments.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prosparse-")))
         logs.mkdir(parents=True, exist_ok=True)
-        prompts = _Prompts(checkpoint, synthetic, plan, arguments.corpus)
+        prompts = Prompts(checkpoint, synthetic, plan, arguments.corpus)
         for report in measure(checkpoint, plan, prompts, logs):
             # Anew after each replay: a run that is cut off leaves what it has.
             if arguments.json is not None:
@@ -181,14 +103,14 @@ def _plan(arguments: argparse.Namespace) -> Plan:
             raise UserError(f"--policy {policy!r} is no policy. Known are {', '.join(POLICIES)}.")
     placements = arguments.placement.split(",") if arguments.placement else []
     for placement in placements:
-        if placement not in _PLACEMENTS:
-            raise UserError(f"--placement {placement!r} is none. Known are {', '.join(_PLACEMENTS)}.")
+        if placement not in PLACEMENTS:
+            raise UserError(f"--placement {placement!r} is none. Known are {', '.join(PLACEMENTS)}.")
     try:
         loads = [float(load) for load in arguments.load.split(",")]
     except ValueError:
         raise UserError(f"--load {arguments.load!r} is not a comma-separated list of numbers.") from None
     settings = []
-    for name in ("itl_slo_ms", "ttft_slo_ms", "max_unfairness_ms"):
+    for name in ("itl_slo_ms", "ttft_slo_ms"):
         if (value := getattr(arguments, name)) is not None:
             settings += [f"--{name.replace('_', '-')}", str(value)]
     return Plan(
@@ -219,253 +141,10 @@ def _checkpoint(arguments: argparse.Namespace, plan: Plan) -> Iterator[tuple[Che
             raise UserError("--folder is for --synthetic. Leave it out.")
         yield Checkpoint.open(arguments.model), None
         return
-    model = SyntheticModel(SHAPES[arguments.synthetic], 0.0, classes=tuple(_densities(plan).values()))
+    model = SyntheticModel(SHAPES[arguments.synthetic], 0.0, classes=tuple(densities(plan).values()))
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prosparse-")))
         yield write_checkpoint(folder, model), model
-
-
-def _densities(plan: Plan) -> dict[str, float]:
-    """Of all classes of all traces, those that come with the product first: a synthetic checkpoint then fits all of these.
-
-    Raises:
-        UserError: traces differ over a class.
-    """
-    densities: dict[str, float] = {}
-    for trace in (*map(Trace.load, trace_names()), *plan.traces.values()):
-        for name, of_class in trace.classes.items():
-            if densities.setdefault(name, of_class.density) != of_class.density:
-                raise UserError(
-                    f"--trace: class {name} has density {densities[name]:g} in another trace. Call it otherwise."
-                )
-    return densities
-
-
-class _Prompts:
-    """The requests of a trace with their tokens."""
-
-    def __init__(self, checkpoint: Checkpoint, synthetic: SyntheticModel | None, plan: Plan, corpus: str) -> None:
-        self._seed, self._synthetic = plan.seed, synthetic
-        self._classes = list(_densities(plan))
-        classes = [of_class for trace in plan.traces.values() for of_class in trace.classes.values()]
-        longest = max(of_class.prompt_tokens.most + of_class.output_tokens.most for of_class in classes)
-        # Lengths are for a context such as LLaMA2's; a model with a shorter one gets the same traffic in miniature.
-        self._scale = min(1.0, (checkpoint.context_length - 1) / longest)
-        prompt = max(1, round(self._scale * max(of_class.prompt_tokens.most for of_class in classes)))
-        self._texts = [] if synthetic else held_out_prompts(checkpoint.folder, corpus, _TEXTS, prompt, plan.seed)
-
-    def of(self, trace: Trace, rate: float, count: int, replay: str) -> list[Prompt]:
-        """``count`` requests, ``rate`` per second; another ``replay`` has other tokens, which no prefix cache holds."""
-        generator = random.Random(f"{self._seed} {replay}")  # noqa: S311 - reproducible sampling, nothing secret
-        requests = trace.requests(seed=self._seed, rate=rate, count=count, scale=self._scale)
-        return [Prompt(request, self._tokens(request, generator)) for request in requests]
-
-    def _tokens(self, request: TraceRequest, generator: random.Random) -> list[int]:
-        if self._synthetic is None:
-            text = generator.choice(self._texts)
-            start = generator.randrange(len(text) - request.prompt_tokens + 1)
-            return text[start : start + request.prompt_tokens]
-        tokens = self._synthetic.class_tokens(self._classes.index(request.traffic_class))
-        return generator.choices(tokens, k=request.prompt_tokens)
-
-
-def measure(checkpoint: Checkpoint, plan: Plan, prompts: _Prompts, logs: Path) -> Iterator[BatchingReport]:
-    """Replay every trace at every load under every policy; the report so far, after each."""
-    gpus = torch.cuda.device_count()
-    described = machine.describe(torch.device("cuda" if gpus else "cpu"))
-    if gpus:
-        torch.cuda.empty_cache()
-    report: BatchingReport = {
-        "machine": described,
-        "model": checkpoint.folder.name,
-        "itl_slo_ms": None if plan.objectives.itl_s is None else plan.objectives.itl_s * 1e3,
-        "ttft_slo_ms": None if plan.objectives.ttft_s is None else plan.objectives.ttft_s * 1e3,
-        "seed": plan.seed,
-        "capacity": {} if plan.rate is None else dict.fromkeys(plan.traces, plan.rate),
-        "replays": [],
-    }
-    if plan.placements:
-        yield from _measure_placements(checkpoint, plan, prompts, logs, report)
-        return
-    at_once = max(1, gpus)
-    for first in range(0, len(plan.policies), at_once):
-        yield from _measure_policies(checkpoint, plan, prompts, logs, plan.policies[first : first + at_once], report)
-
-
-def _measure_policies(
-    checkpoint: Checkpoint, plan: Plan, prompts: _Prompts, logs: Path, policies: Sequence[str], report: BatchingReport
-) -> Iterator[BatchingReport]:
-    """Replay under some policies at the same time."""
-    with _servers(checkpoint, plan, logs, policies) as servers, _pool(len(servers)) as pool:
-        for name, trace in plan.traces.items():
-            if name not in report["capacity"]:
-                warm_up = prompts.of(trace, 1.0, _SATURATION_REQUESTS, "saturation")
-                saturated = [
-                    pool.submit(
-                        _saturate, [server.url], server.model, OneServer(), warm_up, plan.at_once, plan.saturate_s
-                    )
-                    for server in servers
-                ]
-                rates = [_finished_per_s(future.result(), plan.saturate_s) for future in saturated]
-                report["capacity"][name] = rates[0]
-                _say(f"{name}: at capacity {', '.join(f'{p} {r:.2f}/s' for p, r in zip(policies, rates, strict=True))}")
-            for load in plan.loads:
-                rate = report["capacity"][name] * load
-                count = max(_LEAST_REQUESTS, round(rate * plan.seconds))
-                requests = prompts.of(trace, rate, count, f"load {load}")
-                replays = [
-                    pool.submit(_replay, [server.url], server.model, OneServer(), requests) for server in servers
-                ]
-                for policy, server, future in zip(policies, servers, replays, strict=True):
-                    result = _result(policy, name, load, rate, future.result(), [server], plan)
-                    report["replays"].append(result)
-                    _say(_line(result))
-                yield report
-
-
-def _measure_placements(
-    checkpoint: Checkpoint, plan: Plan, prompts: _Prompts, logs: Path, report: BatchingReport
-) -> Iterator[BatchingReport]:
-    """Replay over several replicas, one way to place requests after the other."""
-    routers: dict[str, Callable[[], Router]] = {
-        "even": lambda: Even(plan.replicas),
-        "density": lambda: ByDensity(plan.replicas, _cost(checkpoint), _densities(plan)),
-    }
-    with _servers(checkpoint, plan, logs, plan.policies[:1] * plan.replicas) as servers, _pool(1) as pool:
-        urls, model = [server.url for server in servers], servers[0].model
-        for name, trace in plan.traces.items():
-            if name not in report["capacity"]:
-                warm_up = prompts.of(trace, 1.0, _SATURATION_REQUESTS, "saturation")
-                at_once = plan.at_once * plan.replicas
-                saturated = pool.submit(_saturate, urls, model, Even(plan.replicas), warm_up, at_once, plan.saturate_s)
-                report["capacity"][name] = _finished_per_s(saturated.result(), plan.saturate_s)
-                _say(f"{name}: at capacity {report['capacity'][name]:.2f}/s")
-            for load in plan.loads:
-                rate = report["capacity"][name] * load
-                count = max(_LEAST_REQUESTS, round(rate * plan.seconds))
-                for placement in plan.placements:
-                    requests = prompts.of(trace, rate, count, f"load {load} {placement}")
-                    outcomes = pool.submit(_replay, urls, model, routers[placement](), requests).result()
-                    result = _result(f"{plan.policies[0]}, {placement}", name, load, rate, outcomes, servers, plan)
-                    report["replays"].append(result)
-                    _say(_line(result))
-                    yield report
-
-
-@contextlib.contextmanager
-def _servers(checkpoint: Checkpoint, plan: Plan, logs: Path, policies: Sequence[str]) -> Iterator[list[ServerProcess]]:
-    """A server for each policy, on a GPU of its own where there are GPUs, all ready."""
-    with contextlib.ExitStack() as stack:
-        servers = []
-        for index, policy in enumerate(policies):
-            batching, levers, vllm_flags = POLICIES[policy]
-            objectives = plan.settings if batching == "sparse" else []
-            flags = ["--batching", batching, *objectives, "--", *vllm_flags, *plan.vllm_flags]
-            environment = {LEVERS_VARIABLE: levers} | (_visible_gpu(index) if torch.cuda.is_available() else {})
-            log = logs / f"{index}-{policy}.log"
-            servers.append(stack.enter_context(ServerProcess(checkpoint.folder, flags, log, environment)))
-        for server in servers:
-            server.wait_ready()
-        _say(f"{', '.join(policies)}: ready")
-        yield servers
-
-
-def _pool(processes: int) -> ProcessPoolExecutor:
-    """Clients of their own processes: reading thousands of tokens per second keeps one busy."""
-    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-
-
-def _cost(checkpoint: Checkpoint) -> StepCost:
-    """The cost model as a server starts with it."""
-    config, device_type = checkpoint.config, "cuda" if torch.cuda.is_available() else "cpu"
-    d_model, d_ff = config["hidden_size"], config["intermediate_size"]
-    table = paths.path_table(torch.bfloat16, d_model, d_ff, device_type)
-    return StepCost(
-        LayerTable.of(table.timings),
-        scale=layer_scale(checkpoint.n_layers, d_model, d_ff, config["vocab_size"]),
-        max_sparse_rows=table.max_sparse_rows(paths.DEFAULT_DENSITY),
-    )
-
-
-def _visible_gpu(index: int) -> dict[str, str]:
-    """Environment in which a process sees one of the GPUs that we see."""
-    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return {"CUDA_VISIBLE_DEVICES": ours.split(",")[index] if ours else str(index)}
-
-
-def _saturate(
-    urls: list[str], model: str, router: Router, prompts: list[Prompt], at_once: int, seconds: float
-) -> list[Outcome]:
-    return asyncio.run(Client(urls, model, router).saturate(prompts, at_once, seconds))
-
-
-def _replay(urls: list[str], model: str, router: Router, prompts: list[Prompt]) -> list[Outcome]:
-    return asyncio.run(Client(urls, model, router).replay(prompts))
-
-
-def _finished_per_s(outcomes: Sequence[Outcome], seconds: float) -> float:
-    """Over the second half, when as many have finished as have begun.
-
-    Raises:
-        UserError: none did.
-    """
-    finished = sum(outcome.status == 200 and outcome.ended_s > seconds / 2 for outcome in outcomes)
-    if not finished:
-        raise UserError(
-            f"No request was answered within {seconds:g} s. Give a longer --saturate, or a smaller --at-once."
-        )
-    return finished / (seconds / 2)
-
-
-def _result(
-    policy: str,
-    trace: str,
-    load: float,
-    rate: float,
-    outcomes: Sequence[Outcome],
-    servers: Sequence[ServerProcess],
-    plan: Plan,
-) -> Replay:
-    metrics = _read_metrics(replay.metrics(servers[0].url))
-    return {
-        "policy": policy,
-        "trace": trace,
-        "load": load,
-        "rate": rate,
-        "cost_error": metrics["cost_error"],
-        "decisions": metrics["decisions"],
-        "fallbacks": metrics["fallbacks"],
-        "summary": summarise(outcomes, plan.objectives),
-    }
-
-
-def _read_metrics(text: str) -> dict[str, dict[str, float]]:
-    wanted = {
-        "sparse_cost_error_ratio": ("cost_error", "path"),
-        "sparse_scheduler_decisions_total": ("decisions", "decision"),
-        "sparse_scheduler_fallbacks_total": ("fallbacks", "reason"),
-    }
-    found: dict[str, dict[str, float]] = {name: {} for name, _ in wanted.values()}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name in wanted:
-                name, label = wanted[sample.name]
-                found[name][sample.labels[label]] = sample.value
-    return found
-
-
-def _say(line: str) -> None:
-    Console(stderr=True, highlight=False).print(f"{time.strftime('%H:%M:%S')} {line}")
-
-
-def _line(result: Replay) -> str:
-    summary, errors = result["summary"], result["cost_error"]
-    return (
-        f"{result['trace']} at {result['load']:g}, {result['policy']}: goodput {summary['goodput']:.3f}/s"
-        f" ({summary['all']['good']:.0%}), {summary['tokens_s']:.0f} tokens/s, TTFT p99 {summary['all']['ttft_p99_ms']:.0f} ms,"
-        f" ITL p50 {summary['all']['itl_p50_ms']:.1f} p99 {summary['all']['itl_p99_ms']:.1f} ms, cost error"
-        f" {', '.join(f'{path} {error:.1%}' for path, error in errors.items())}"
-    )
 
 
 def _print(report: BatchingReport) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparse_backend.errors import UserError
-from sparse_backend.prosparse import modeling, threshold
+from sparse_backend.prosparse import comparison, modeling, threshold
 from sparse_backend.prosparse.checkpoints import check_base, device_name, load_model, versions
 from sparse_backend.prosparse.command import (
     add_shared_arguments,
@@ -37,7 +37,7 @@ from sparse_backend.prosparse.job import measure_domains, read_base, settings_of
 from sparse_backend.prosparse.parallel import side_by_side
 from sparse_backend.prosparse.recipe import Recipe
 from sparse_backend.prosparse.recipe_flags import add_recipe_arguments, recipe_from
-from sparse_backend.prosparse.report import draw_histories, markdown_table, plotting_is_possible, write_history
+from sparse_backend.prosparse.report import write_history
 from sparse_backend.prosparse.schedule import L1Schedule, Stage
 from sparse_backend.prosparse.tokens import Text
 from sparse_backend.prosparse.trainer import L1Weight, Runtime, train
@@ -277,6 +277,9 @@ class _Campaign:
         control = self.controls()[name]
         rows = _train(control, self.base, self.workspace, self.text, self.runtime)
         self.workspace.record(control.slug, {"rows": rows})
+        # Only now: a process that is killed here has lost nothing.
+        if self.runtime.is_first:
+            rmtree(_folder(control, self.workspace), ignore_errors=True)
 
     def run_logged(self, name: str) -> None:
         """``run`` in a process of its own: its progress goes to a file, which the others' does not cut up."""
@@ -315,10 +318,10 @@ def _controls(recipe: Recipe, shift: float, runs: Sequence[str], others: Mapping
 
 
 def _train(control: Control, base: Path, workspace: Workspace, text: Text, runtime: Runtime) -> list[dict[str, Any]]:
-    """Train one control; returns its rows of the table, in the first process, and deletes its checkpoints."""
+    """Train and measure one control; returns its rows of the table, in the first process."""
     recipe = control.recipe
     print(f"\n{control.name}: {recipe.steps} steps", flush=True)
-    folder = workspace.folder / control.slug
+    folder = _folder(control, workspace)
     run = train(
         control.load(base, torch.float32),
         text,
@@ -338,12 +341,16 @@ def _train(control: Control, base: Path, workspace: Workspace, text: Text, runti
         points = threshold.sweep(model, text.held_out, recipe.threshold)
         chosen = threshold.choose(points, recipe.threshold.budget, recipe.target_sparsity)
         with threshold.applied(model, chosen.threshold, chosen.factors):
-            row = _row(f"{control.name}, with threshold", measure_domains(model, text))
+            row = _row(control.name + comparison.WITH_THRESHOLD, measure_domains(model, text))
         rows.append(row | {"threshold": chosen.rounded(), "sweep": [point.rounded() for point in points]})
     for row in rows:
         print(f"{row['name']}: held-out loss {row['loss']:.4f}, sparsity {row['sparsity']:.2%}", flush=True)
-    rmtree(folder)
     return rows
+
+
+def _folder(control: Control, workspace: Workspace) -> Path:
+    """Where the run's checkpoints are until it is recorded."""
+    return workspace.folder / control.slug
 
 
 def _row(name: str, measured: Mapping[str, Measurement]) -> dict[str, Any]:
@@ -360,16 +367,16 @@ def _row(name: str, measured: Mapping[str, Measurement]) -> dict[str, Any]:
 def _write(workspace: Workspace, rows: Sequence[Mapping[str, Any]], recipe: Recipe, runtime: Runtime) -> str:
     """Write ``controls.md``, ``controls.json``, each run's history and the plots; returns the tables."""
     folder = workspace.checkpoint
-    histories = {row["name"]: row["history"] for row in rows if "history" in row}
-    for name, history in histories.items():
-        write_history(folder / f"{_slug(name)}.jsonl", history)
-    tables = "\n\n".join(_tables(rows))
-    plot = _draw(folder, histories)
+    for row in rows:
+        if "history" in row:
+            write_history(folder / f"{_slug(row['name'])}.jsonl", row["history"])
+    tables = "\n\n".join(comparison.tables(rows, RUNS["dense"]))
+    plots = comparison.draw(folder, rows, RUNS["dense"])
     head = (
         f"# ProSparse and its controls\n\n```sh\n{command_line(NAME)}\n```\n\n{recipe.steps:,} steps of"
         f" {recipe.training.step_tokens:,} tokens each, seed {recipe.training.seed}, {device_name(runtime.device)}."
     )
-    (folder / "controls.md").write_text(f"{head}\n\n{tables}\n{plot}")
+    (folder / "controls.md").write_text(f"{head}\n\n{tables}\n{plots}")
     write_json(
         folder / "controls.json",
         {
@@ -383,55 +390,8 @@ def _write(workspace: Workspace, rows: Sequence[Mapping[str, Any]], recipe: Reci
     return tables
 
 
-def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    domains, layers = list(rows[0]["domains"]), len(rows[0]["layers"])
-    dense = next((row["loss"] for row in rows if row["name"] == RUNS["dense"]), math.nan)
-    whole = [
-        [
-            row["name"],
-            f"{row['loss']:.4f}",
-            "" if math.isnan(dense) else f"{row['loss'] / dense - 1:+.2%}",
-            f"{math.exp(row['loss']):.2f}",
-            f"{row['sparsity']:.2%}",
-        ]
-        for row in rows
-    ]
-    by_domain = [
-        [
-            row["name"],
-            *(
-                f"{part['loss']:.4f} · {math.exp(part['loss']):.2f} · {part['sparsity']:.2%}"
-                for part in row["domains"].values()
-            ),
-        ]
-        for row in rows
-    ]
-    by_layer = [[row["name"], *(f"{share:.1%}" for share in row["layers"])] for row in rows]
-    return [
-        markdown_table(("run", "held-out loss", "above dense", "perplexity", "sparsity"), whole),
-        "Held-out loss · perplexity · sparsity by domain:",
-        markdown_table(("run", *domains), by_domain),
-        "Sparsity by layer:",
-        markdown_table(("run", *map(str, range(layers))), by_layer),
-    ]
-
-
 def _slug(name: str) -> str:
     return name.replace(",", "").replace(" ", "-")
-
-
-def _draw(folder: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    if not plotting_is_possible():
-        return ""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 9), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True)
-    draw_histories(axes[0], histories, "eval_loss", "held-out loss (nats a token)")
-    draw_histories(axes[1], histories, "lambda", "λ")
-    draw_histories(axes[2], histories, "sparsity", "sparsity")
-    figure.savefig(folder / "controls.png", dpi=120)
-    return "\n![loss, λ and sparsity over the steps](controls.png)\n"
 
 
 if __name__ == "__main__":

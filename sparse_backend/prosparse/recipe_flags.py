@@ -10,7 +10,7 @@ from sparse_backend.errors import UserError
 from sparse_backend.prosparse.recipe import Data, Recipe, Section, ThresholdRecipe, Training
 from sparse_backend.prosparse.recipe_file import ModelT, message, presets, read_recipe, validated
 
-DEFAULT_PRESET = "demo"
+DEFAULT_PRESET = "fixed-l1"
 
 
 class _Flags(Section):

@@ -55,16 +55,21 @@ def plotting_is_possible() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw_histories(axes: "Axes", histories: Mapping[str, History], field: str, label: str) -> None:
-    """One line per history: ``field`` over the steps."""
+def draw_histories(
+    axes: "Axes", histories: Mapping[str, History], field: str, label: str, colours: Mapping[str, Any] | None = None
+) -> None:
+    """One line per history: ``field`` over the steps.
+
+    ``colours`` are the lines' by name, where a legend outside of the axes explains them; without, the axes have their own.
+    """
     for name, history in histories.items():
         points = [(entry["step"], entry[field]) for entry in history if field in entry]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name)
+            axes.plot(*zip(*points, strict=True), label=name, color=colours and colours[name])
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    if len(axes.lines) > 1:
+    if colours is None and len(axes.lines) > 1:
         axes.legend()
 
 

@@ -117,7 +117,7 @@ def train(
         stop_after: step to stop after, for a later call to go on from; None for the end.
 
     Raises:
-        UserError: the loss became NaN or infinite, or a checkpoint cannot be written or read.
+        UserError: the loss became NaN or infinite, a checkpoint cannot be written or read, or torch.compile fails.
     """
     on_gpu = runtime.device.type == "cuda"
     micro_batch = recipe.micro_batch or recipe.batch // runtime.processes
@@ -187,6 +187,13 @@ def train(
             trainer.train()
         else:
             _resume(trainer, progress, *resumed)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+            raise
+        raise UserError(
+            f"torch.compile cannot compile the model here: {str(error).strip().splitlines()[0]} Give --no-compile, or see that"
+            " a C compiler and Python's headers are installed."
+        ) from error
     finally:
         norm.remove()
     return _finished(workspace.checkpoint_folder(folder, end))

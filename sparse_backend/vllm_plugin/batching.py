@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Literal, Self, TypedDict, get_args
+from typing import Literal, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,15 +14,10 @@ from sparse_backend.vllm_plugin import snapshot
 SETTINGS_VARIABLE = "PROSPARSE_BATCHING_SETTINGS"
 """The settings, JSON. Not in vLLM's configuration, which is part of the key under which compiled graphs are kept."""
 
-LEVERS_VARIABLE = "PROSPARSE_BATCHING_LEVERS"
-"""What the sparse policy may do, for comparing; unset: what was measured to win."""
-
 SCHEDULER = "sparse_backend.vllm_plugin.scheduler.SparseScheduler"
 """The scheduler class, by the name vLLM finds it under."""
 
-Decision = Literal["admit", "overtake", "hold", "chunk_full", "chunk_cut", "fcfs"]
-Lever = Literal["chunk", "cap", "bunch", "sparsest", "shortest"]
-LEVERS: tuple[Lever, ...] = get_args(Lever)
+Decision = Literal["admit", "chunk_full", "chunk_cut", "fcfs"]
 Fallback = Literal["counters", "clock"]
 
 
@@ -34,17 +29,13 @@ class BatchingSettings(BaseModel):
     policy: Literal["fcfs", "sparse"] = "fcfs"
     itl_slo_ms: float | None = Field(None, gt=0)
     ttft_slo_ms: float | None = Field(None, gt=0)
-    max_unfairness_ms: float = Field(100.0, ge=0)
-    levers: frozenset[Lever] = frozenset({"chunk"})
     report_to: str | None = None
     """Path of the datagram socket that reports go to."""
 
     @classmethod
     def from_environment(cls) -> Self:
         """What the server set; the defaults without a server."""
-        settings = cls.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
-        levers = os.environ.get(LEVERS_VARIABLE)
-        return settings.model_copy(update={"levers": frozenset(levers.split(","))}) if levers else settings
+        return cls.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
 
 
 class FinishedRequest(TypedDict):

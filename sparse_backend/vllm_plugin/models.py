@@ -114,7 +114,11 @@ class SparseFeedForward:
             "sparse_us": list(table.sparse),
             "dense_us": list(table.dense),
         }
-        return RowCountsWriter(file_of(vllm_config), mlps[0].counters, row_active, facts)
+        try:
+            return RowCountsWriter(file_of(vllm_config), mlps[0].counters, row_active, facts)
+        except OSError as error:
+            logger.warning("The rows' counts cannot be shared, densities of requests stay unknown: %s", error)
+            return None
 
     def _sparse_mlps(self) -> list[SparseGatedMLP]:
         return [layer.mlp for layer in self.model.layers if not isinstance(layer, PPMissingLayer)]

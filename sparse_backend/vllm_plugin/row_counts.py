@@ -9,6 +9,7 @@ Rank 0 of a tensor-parallel group writes, for its share of the neurons.
 """
 
 import atexit
+import contextlib
 import json
 import mmap
 import os
@@ -71,6 +72,9 @@ class RowCountsWriter:
             counters: of the worker's first layer, int64; their first rows, [2, 4], are of the two paths.
             row_active: int32 [rows], what the layers add to.
             facts: of the worker's layers.
+
+        Raises:
+            OSError: the file cannot be made, or a GPU cannot write to its memory.
         """
         self._sources = counters[: _PATHS_SHAPE[0]], row_active
         rows = row_active.shape[0]
@@ -88,7 +92,11 @@ class RowCountsWriter:
             # Only into pinned memory does a copy run beside the host.
             error = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0)
             if error.value:
-                raise RuntimeError(f"{file}: the memory for row counts cannot be pinned, {error}")
+                # CUDA would report the error once more, to whoever asks next.
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device=row_active.device)
+                file.unlink()
+                raise OSError(f"{file} cannot be pinned: {error}")
         self._slots = []
         for index in range(_SLOTS):
             slot = whole[_FACTS_BYTES + index * _slot_bytes(rows) :]

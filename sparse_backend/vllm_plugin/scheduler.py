@@ -1,8 +1,7 @@
 """vLLM's scheduler, told before each step how much the step is to carry.
 
-What is scheduled and how stays vLLM's: only its own limits are set (tokens of a step, whether requests are let in) and its
-waiting queue is put into another order. Where anything that we go by is missing, vLLM's own limits and order hold: first come,
-first served.
+What is scheduled and how stays vLLM's: only its limit of a step's tokens is set. Where anything that we go by is missing, vLLM's
+own limit holds: first come, first served.
 """
 
 import logging
@@ -14,7 +13,7 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue
+from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -22,7 +21,7 @@ from vllm.v1.request import Request
 from sparse_backend.vllm_plugin.batching import BatchingSettings, Decision, Fallback, FinishedRequest, Reporter
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale
 from sparse_backend.vllm_plugin.densities import Densities
-from sparse_backend.vllm_plugin.plan import Decode, Load, Planner, Prefill
+from sparse_backend.vllm_plugin.plan import Decode, Planner, Prefill, step_shape
 from sparse_backend.vllm_plugin.row_counts import RowCountsReader, file_of
 from sparse_backend.vllm_plugin.snapshot import PATHS
 
@@ -52,14 +51,13 @@ class SparseScheduler(AsyncScheduler):
     """Chooses what each step carries by its predicted time; see ``plan.Planner``."""
 
     max_num_scheduled_tokens: int
-    max_num_active_reqs: int
     waiting: RequestQueue
 
     def __init__(self, *args: Any, clock: Callable[[], float] = time.perf_counter, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = BatchingSettings.from_environment()
         self._clock = clock
-        self._vllm_tokens, self._vllm_requests = self.max_num_scheduled_tokens, self.max_num_active_reqs
+        self._vllm_tokens = self.max_num_scheduled_tokens
         try:
             self._counts: RowCountsReader | None = RowCountsReader(file_of(self.vllm_config))
         except OSError:
@@ -89,12 +87,12 @@ class SparseScheduler(AsyncScheduler):
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """Set vLLM's limits for this step, then let vLLM schedule it."""
+        """Set vLLM's limit for this step, then let vLLM schedule it."""
         now = self._clock()
         waiting = len(self.waiting)
         if self._settings.policy == "fcfs":
             pass
-        elif self._fault is None and self._counts is not None and self.scheduler_config.enable_chunked_prefill:
+        elif self._fault is None and self._counts is not None:
             self._limit(now)
         else:
             self._unlimit()
@@ -139,21 +137,6 @@ class SparseScheduler(AsyncScheduler):
     def _limit(self, now: float) -> None:
         # Decodes first: they must not be left without tokens by a prompt ahead of them.
         self.running.sort(key=lambda request: request.is_prefill_chunk)
-        load = self._load(now)
-        plan = self._planner.plan(load)
-        rows = sum(decode.rows for decode in load.decodes)
-        self.max_num_scheduled_tokens = min(self._vllm_tokens, max(1, rows + plan.prefill_tokens))
-        self.max_num_active_reqs = self._vllm_requests if plan.admit else min(self._vllm_requests, len(self.running))
-        self.decisions.update(plan.decisions)
-        if "overtake" in plan.decisions and isinstance(self.waiting, FCFSRequestQueue):
-            place = {identity: index for index, identity in enumerate(plan.order)}
-            self.waiting = FCFSRequestQueue(sorted(self.waiting, key=lambda request: place[request.request_id]))
-
-    def _unlimit(self) -> None:
-        self.max_num_scheduled_tokens, self.max_num_active_reqs = self._vllm_tokens, self._vllm_requests
-        self.decisions["fcfs"] += 1
-
-    def _load(self, now: float) -> Load:
         decodes, prefills = [], []
         for request in self.running:
             tokens = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
@@ -161,29 +144,45 @@ class SparseScheduler(AsyncScheduler):
                 prefills.append(self._prefill(request, tokens, now))
             elif tokens > 0:
                 decodes.append(Decode(request.num_computed_tokens, self._density(request), tokens))
-        waiting = [self._prefill(request, request.num_tokens, now) for request in self.waiting]
-        return Load(decodes, prefills, waiting, self._vllm_tokens)
+        available = sum(prefill.tokens for prefill in prefills)
+        for request in self.waiting:
+            # Those beyond what a step can carry need not be looked at.
+            if available >= self._vllm_tokens:
+                break
+            prefills.append(self._prefill(request, request.num_tokens, now))
+            available += request.num_tokens
+        available = min(available, self._vllm_tokens)
+        chunk = self._planner.chunk(decodes, prefills, available)
+        if available:
+            self.decisions["chunk_cut" if chunk < available else "chunk_full"] += 1
+        rows = sum(decode.rows for decode in decodes)
+        # What the prompts leave of an uncut step may be used up: a cached prefix makes a prompt shorter than it looks.
+        room = chunk if chunk < available else self._vllm_tokens
+        self.max_num_scheduled_tokens = min(self._vllm_tokens, max(1, rows + room))
+
+    def _unlimit(self) -> None:
+        self.max_num_scheduled_tokens = self._vllm_tokens
+        self.decisions["fcfs"] += 1
 
     def _prefill(self, request: Request, tokens: int, now: float) -> Prefill:
-        waited = now - self._arrived.get(request.request_id, now)
-        return Prefill(request.request_id, request.num_computed_tokens, tokens, self._density(request), waited)
+        return Prefill(request.num_computed_tokens, tokens, now - self._arrived.get(request.request_id, now))
 
     def _density(self, request: Request) -> float:
         running = self._densities.running(request.request_id)
         return self._densities.predict(_keys(request)) if running is None else running
 
     def _shape_of(self, output: SchedulerOutput) -> StepShape:
-        """What vLLM made of the limits."""
+        """What vLLM made of the limit."""
         decodes, prefills = [], []
         for identity, tokens in output.num_scheduled_tokens.items():
             request = self.requests[identity]
             # vLLM has counted the step's tokens as computed already.
             start = request.num_computed_tokens - tokens
             if start < request.num_prompt_tokens and tokens > 1:
-                prefills.append(Prefill(identity, start, tokens))
+                prefills.append(Prefill(start, tokens))
             else:
                 decodes.append(Decode(start, self._density(request), tokens))
-        return self._planner.shape(decodes, prefills, sum(prefill.tokens for prefill in prefills))
+        return step_shape(decodes, prefills, sum(prefill.tokens for prefill in prefills))
 
     # ---- after a step --------------------------------------------------------------------------------------------------------
 

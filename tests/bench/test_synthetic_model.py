@@ -56,6 +56,26 @@ def test_neurons_follow_the_frequencies_of_a_file(tmp_path: Path) -> None:
     assert (measured - wanted).abs().mean() < 0.03
 
 
+def test_each_class_of_tokens_has_its_density_and_stays_itself(tmp_path: Path) -> None:
+    densities = (0.02, 0.1, 0.4)
+    model = SyntheticModel(Shape(256, 512, 4, 2, 2, 600), 0.0, classes=densities)
+    built = in_transformers(model, tmp_path)
+    shares: list[float] = []
+    for layer in built.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(
+            lambda _module, _x, gate: shares.append((gate > 0).float().mean().item())
+        )
+    for index, density in enumerate(densities):
+        tokens = model.class_tokens(index)
+        assert list(tokens) == list(range(200 * index, 200 * index + 200))
+        shares.clear()
+        with torch.inference_mode():
+            logits = built(torch.tensor([list(tokens)])).logits
+        assert max(abs(share - density) for share in shares) < 0.025
+        assert logits.argmax(dim=2).tolist() == [[*tokens[1:], tokens[0]]]
+    assert model.layer_densities() == pytest.approx([sum(densities) / 3] * 4)
+
+
 def test_the_next_token_is_the_next_number(tmp_path: Path) -> None:
     model = SyntheticModel(TINY, 0.3)
     built = in_transformers(model, tmp_path)

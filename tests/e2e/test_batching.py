@@ -55,19 +55,3 @@ def test_two_policies_replay_the_same_requests(tmp_path: Path) -> None:
     assert fcfs["decisions"] == {}
     assert sparse["decisions"]["admit"] == 32
     assert "goodput" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--policy", "fcfs,fair"], "--policy 'fair' is no policy. Known are fcfs, "),
-        (["--trace", "rush"], "'rush' is no trace. Known are chat, "),
-        (["--placement", "luck"], "--placement 'luck' is none. Known are even, density"),
-        (["--load", "half"], "--load 'half' is not a comma-separated list of numbers"),
-        (["--folder", "x"], "--folder is for --synthetic"),
-    ],
-)
-def test_what_is_unknown_is_refused_with_what_is_known(arguments: list[str], message: str) -> None:
-    done = bench("--model", str(DEMO), *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from tests import families
 from tests.e2e.servers import Server
@@ -43,7 +42,7 @@ CASES = {
 class Running(NamedTuple):
     case: Case
     server: Server
-    expected: list[str]
+    expected: list[list[int]]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -51,7 +50,6 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     case = CASES[request.param]
     root = tmp_path_factory.mktemp("served")
     model = families.write(root / "model", case.family)
-    tokenizer = AutoTokenizer.from_pretrained(root / "model")
     server = Server(
         root / "model",
         root / "log",
@@ -59,7 +57,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     try:
         server.wait_ready()
-        yield Running(case, server, [tokenizer.decode(greedy(model, prompt)) for prompt in PROMPTS])
+        yield Running(case, server, [greedy(model, prompt) for prompt in PROMPTS])
     finally:
         server.close()
 
@@ -72,17 +70,20 @@ def greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
     return sequence[len(prompt) :]
 
 
-def complete(server: Server, prompt: list[int]) -> str:
-    body = {"model": "model", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+def complete(server: Server, prompt: list[int]) -> list[int]:
+    body = {
+        **{"model": "model", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0},
+        **{"ignore_eos": True, "return_token_ids": True},
+    }
     response = server.post("/v1/completions", body)
     assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["text"]
+    return response.json()["choices"][0]["token_ids"]
 
 
-def test_text_is_hugging_faces_and_every_row_is_counted_once(running: Running) -> None:
+def test_tokens_are_hugging_faces_and_every_row_is_counted_once(running: Running) -> None:
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        texts = list(pool.map(lambda prompt: complete(running.server, prompt), PROMPTS))
-    assert texts == running.expected
+        tokens = list(pool.map(lambda prompt: complete(running.server, prompt), PROMPTS))
+    assert tokens == running.expected
     metrics = running.server.metrics()
     rows = sum(map(len, PROMPTS)) + len(PROMPTS) * (TOKENS - 1)
     for layer in ("0", "1"):

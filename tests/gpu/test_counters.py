@@ -1,5 +1,7 @@
 """The counters on a GPU: a plain count of the gate values compared, whose sides of the threshold float64 confirms."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -197,15 +199,22 @@ def test_rows_of_padding_add_nothing_to_their_place(rows: int, path: int) -> Non
         assert torch.equal(row_active, of_row.masked_fill(is_padding, 0).int())
 
 
-def test_row_counts_of_a_replayed_graph_reach_shared_memory(tmp_path: Path) -> None:
+@pytest.fixture
+def shared_file() -> Iterator[Path]:
+    file = Path("/dev/shm") / f"prosparse-test-{os.getpid()}"
+    yield file
+    file.unlink(missing_ok=True)
+
+
+def test_row_counts_of_a_replayed_graph_reach_shared_memory(shared_file: Path) -> None:
     case = Case.random(5, 136, 264, torch.bfloat16, device="cuda")
     counted = counters.new_counters("cuda")
     row_active = torch.zeros(16, dtype=torch.int32, device="cuda")
     arguments = (case.x, case.gate_up, case.down_t, case.threshold, counted, ALL_SPARSE, None, False, row_active)
     op.sparse_gated_ffn(*arguments)
     facts = {"neurons": 264, "max_sparse_rows": [16], "sparse_us": [], "dense_us": []}
-    writer = RowCountsWriter(tmp_path / "rows", counted, row_active, facts)
-    reader = RowCountsReader(tmp_path / "rows")
+    writer = RowCountsWriter(shared_file, counted, row_active, facts)
+    reader = RowCountsReader(shared_file)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         op.sparse_gated_ffn(*arguments)

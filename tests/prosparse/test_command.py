@@ -1,11 +1,36 @@
+import argparse
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_backend.errors import UserError
 from sparse_backend.prosparse.checkpoints import save_weights
-from sparse_backend.prosparse.command import building
+from sparse_backend.prosparse.command import add_shared_arguments, building, runtime_from
 from tests.prosparse.models import random_llama
+
+
+@pytest.mark.parametrize(
+    ("gpu", "under_torchrun", "flags", "compiles"),
+    [
+        (True, False, [], True),
+        (True, False, ["--no-compile"], False),
+        (True, True, [], False),
+        (False, False, [], False),
+        (False, False, ["--compile"], True),
+    ],
+)
+def test_a_run_on_one_gpu_is_compiled_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, under_torchrun: bool, flags: list[str], compiles: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if under_torchrun:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    parser = argparse.ArgumentParser()
+    add_shared_arguments(parser, corpus_required=False)
+    assert runtime_from(parser.parse_args(flags)).compile is compiles
 
 
 def test_folder_takes_its_name_when_the_block_succeeds(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from sparse_backend.prosparse.recipe import Data, Source
 from sparse_backend.prosparse.recipe_file import read_recipe
 from sparse_backend.prosparse.tokens import read_text
 from tests.checkpoints import edit_config
-from tests.prosparse.jobs import World, command
+from tests.prosparse.jobs import World, command, history
 
-RUN = ["--context", "128", "--batch", "8", "--tokens", "40000", "--progress-every", "20"]
+RUN = ["--recipe", "demo", "--context", "128", "--batch", "8", "--tokens", "40000", "--progress-every", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,20 @@ def test_l1_makes_it_sparse_and_the_order_of_micro_batches_does_not_matter(world
     before_shift = [found.phases[-1].settings["points"][0]["sparsity"] for found in (plain, whole, accumulated)]
     assert before_shift[1] > before_shift[0] + 0.03
     assert before_shift[2] == pytest.approx(before_shift[1], abs=0.01)
+
+
+def test_compiled_run_takes_the_same_course(world: World, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--corpus", world.corpus, *RUN, "--l1", "1e-3", "--compile"]
+    torch._dynamo.utils.counters.clear()
+    assert command(job, world.base, out, *arguments) == 0
+    expected, found = history(made), history(out)
+    for name in ("loss", "eval_loss", "lambda", "sparsity"):
+        assert [entry.get(name) for entry in found] == [
+            None if name not in entry else pytest.approx(entry[name], rel=1e-3) for entry in expected
+        ]
+    # λ and the count of zeros compile nothing anew: what trains is one graph, what evaluates another.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 def test_same_command_gives_the_same_weights(world: World, made: Path, tmp_path: Path) -> None:

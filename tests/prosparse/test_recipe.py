@@ -204,14 +204,23 @@ def test_unknown_preset_is_refused_with_the_known_ones() -> None:
 
 
 def test_flags_replace_only_what_they_name() -> None:
-    recipe = parsed("--batch", "8", "--threshold-budget", "0.01", "--corpus", "texts", "--corpus-name", "mine")
+    recipe = parsed(
+        "--recipe", "demo", "--batch", "8", "--threshold-budget", "0.01", "--corpus", "texts", "--corpus-name", "mine"
+    )
     demo = read_recipe("demo")
     assert recipe.training == demo.training.model_copy(update={"batch": 8})
     assert recipe.threshold.budget == 0.01
     assert recipe.data is not None
     assert (recipe.data.name, [source.path for source in recipe.data.sources]) == ("mine", ["texts"])
     assert [stage.tokens for stage in recipe.stages] == [stage.tokens for stage in demo.stages]
-    assert parsed() == demo
+    assert parsed("--recipe", "demo") == demo
+
+
+def test_default_is_one_lambda_from_the_first_step_on() -> None:
+    default, demo = parsed(), read_recipe("demo")
+    assert default == read_recipe("fixed-l1")
+    assert (default.l1_schedule.relu_steps, [stage.peak for stage in default.stages]) == (0, [demo.stages[-1].peak])
+    assert (default.steps, default.training, default.l1) == (demo.steps, demo.training, demo.l1)
 
 
 def test_tokens_stretches_the_stages_and_l1_scales_them() -> None:

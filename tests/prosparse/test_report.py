@@ -1,6 +1,8 @@
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +10,7 @@ from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.prosparse import controls, job
 from sparse_backend.prosparse.report import markdown_table
 from sparse_backend.prosparse.verify import verify
+from sparse_backend.prosparse.workspace import Workspace, last_complete
 from tests.prosparse.jobs import World, command, history
 
 RUN = ["--context", 128, "--batch", 8, "--tokens", 20_000, "--l1", 1e-3]
@@ -74,7 +77,7 @@ def test_other_weights_do_not_pass_verification(made: Path) -> None:
 def test_target_is_steered_towards_and_said_how_far(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--context", 128, "--batch", 8, "--tokens", 200_000, "--learning-rate", 3e-3]
+    arguments = ["--recipe", "demo", "--context", 128, "--batch", 8, "--tokens", 200_000, "--learning-rate", 3e-3]
     out = tmp_path / "out"
     assert command(job, world.base, out, "--corpus", world.corpus, *arguments, "--target-sparsity", 0.75) == 0
     printed = capsys.readouterr().out
@@ -100,7 +103,7 @@ def test_controls_give_the_papers_table(world: World, tmp_path: Path, capsys: py
     assert sparsity["vanilla ReLU"] < min(sparsity["shifted ReLU"], sparsity["fixed L1"])
     assert sparsity["ProSparse"] < sparsity["ProSparse, with threshold"]
     assert first["dense, continued"][2] == "+0.00%"
-    assert {path.name for path in out.glob("*.png")} == {"controls.png"}
+    assert {path.name for path in out.glob("*.png")} == {"controls.png", "sweeps.png"}
     assert not list(out.rglob("*.safetensors"))
 
 
@@ -123,6 +126,27 @@ def test_other_recipes_run_beside_the_chosen_controls(world: World, tmp_path: Pa
     assert rows[2]["sparsity"] == pytest.approx(rows[2]["threshold"]["sparsity"], abs=1e-3)
     assert rows[2]["threshold"] in rows[2]["sweep"]
     assert "above dense" in (out / "controls.md").read_text()
+
+
+def test_a_run_keeps_its_weights_until_it_is_recorded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Workspace.record
+
+    def killed(workspace: Workspace, phase: str, result: Mapping[str, Any]) -> None:
+        if phase == "fixed-L1":
+            raise KeyboardInterrupt
+        record(workspace, phase, result)
+
+    arguments = [world.base, tmp_path / "out", "--corpus", world.corpus, *RUN, "--runs", "fixed"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            command(controls, *arguments)
+    saved = last_complete(tmp_path / "out.partial" / "fixed-L1")
+    assert saved is not None
+    assert saved[0].name == "checkpoint-20"
+    assert command(controls, *arguments) == 0
 
 
 def test_runs_in_two_processes_are_the_same_and_outlive_one_that_fails(

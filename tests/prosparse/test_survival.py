@@ -20,7 +20,8 @@ from sparse_backend.prosparse.trainer import Runtime, train
 from sparse_backend.prosparse.workspace import last_complete
 from tests.prosparse.jobs import World, command, history, start
 
-RUN = ["--context", 128, "--batch", 8, "--tokens", 40_000, "--l1", 1e-3, "--save-every", 3, "--progress-every", 1]
+RUN = ["--recipe", "demo", "--context", 128, "--batch", 8, "--tokens", 40_000, "--l1", 1e-3]
+RUN += ["--save-every", 3, "--progress-every", 1]
 
 
 @pytest.fixture(scope="module")

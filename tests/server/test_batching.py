@@ -91,15 +91,10 @@ def test_old_requests_are_forgotten() -> None:
 async def test_reports_arrive_over_the_socket_the_settings_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Settings(model=tmp_path, batching="sparse", itl_slo_ms=20, max_unfairness_ms=7)
+    settings = Settings(model=tmp_path, batching="sparse", itl_slo_ms=20)
     monkeypatch.setenv(SETTINGS_VARIABLE, batching_settings(settings, tmp_path).model_dump_json())
     received = BatchingSettings.from_environment()
-    assert (received.policy, received.itl_slo_ms, received.ttft_slo_ms, received.max_unfairness_ms) == (
-        "sparse",
-        20,
-        None,
-        7,
-    )
+    assert (received.policy, received.itl_slo_ms, received.ttft_slo_ms) == ("sparse", 20, None)
     assert received.report_to is not None
     reporter = Reporter(received.report_to)
     reporter.send(report(decisions={"admit": 1}))  # nobody listens yet: dropped

@@ -218,3 +218,10 @@ def test_help_shows_the_choices():
     assert "--dtype {auto,bfloat16,float16,float32}" in help_text
     assert "--log-level {debug,info,warning,error}" in help_text
     assert "--port PORT" in help_text
+
+
+@pytest.mark.parametrize("flag", ["itl_slo_ms", "ttft_slo_ms"])
+def test_objectives_without_the_policy_that_keeps_them_are_refused(flag):
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is for --batching sparse"):
+        Settings.load({"model": "m", flag: "20"})
+    assert getattr(Settings.load({"model": "m", flag: "20", "batching": "sparse"}), flag) == 20

@@ -48,6 +48,12 @@ def test_settings_become_vllm_arguments(compat, folder):
     assert parse(compat, folder, served_model_name="m").served_model_name == ["m"]
 
 
+def test_prompts_must_be_allowed_in_pieces(compat, folder):
+    with pytest.raises(UserError, match="--batching sparse reads prompts in pieces"):
+        parse(compat, folder, "--no-enable-chunked-prefill", batching="sparse")
+    parse(compat, folder, "--no-enable-chunked-prefill")
+
+
 def test_dtype_auto_is_left_to_the_checkpoint(compat, tmp_path):
     folder = write_tiny_checkpoint(tmp_path / "tiny")
     edit_config(folder, dtype="float32")

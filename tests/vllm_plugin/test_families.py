@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from sparse_backend.checkpoint import Checkpoint
 from tests import families
 from tests.families import FAMILIES
 from tests.vllm_plugin import family_engines
@@ -33,13 +32,6 @@ def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> tuple[list
             logits.append(model(torch.tensor([sequence])).logits[0, -1])
             sequence.append(int(logits[-1].argmax()))
     return sequence[len(prompt) :], torch.stack(logits)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_folder_is_recognised(references, name):
-    checkpoint = Checkpoint.open(references[name][0])
-    assert checkpoint.model_class == FAMILIES[name].in_class
-    assert checkpoint.activation.kind == FAMILIES[name].activation
 
 
 @pytest.mark.parametrize("path", ["sparse", "dense"])

@@ -23,7 +23,6 @@ policies = st.builds(
     policy=st.sampled_from(["fcfs", "sparse"]),
     itl_slo_ms=st.none() | st.floats(0.1, 50),
     ttft_slo_ms=st.none() | st.floats(1, 500),
-    max_unfairness_ms=st.floats(0, 100),
 )
 
 
@@ -117,6 +116,19 @@ def test_objectives_out_of_reach_leave_prompts_a_share(config: VllmConfig) -> No
     times = traffic(engine, 300)
     assert sum(name.startswith("prompt") for name in engine.finished_at) > 20
     assert max(times[60:]) < 2 + 0.1 * (MOST_TOKENS / 2 + 4)
+
+
+def test_with_an_itl_objective_out_of_reach_prompts_keep_theirs(config: VllmConfig) -> None:
+    first_tokens = {}
+    for ttft in (None, 45.0):
+        engine = FakeEngine(config, BatchingSettings(policy="sparse", itl_slo_ms=0.5, ttft_slo_ms=ttft))
+        traffic(engine, 150)
+        engine.add("late", 350, 1)
+        began = engine.now
+        while "late" not in engine.finished_at:
+            engine.step()
+        first_tokens[ttft] = 1e3 * (engine.finished_at["late"] - began)
+    assert first_tokens[45.0] < first_tokens[None]
 
 
 def test_objectives_that_one_row_misses_are_said_at_start(config: VllmConfig, caplog: pytest.LogCaptureFixture) -> None:

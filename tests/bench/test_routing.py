@@ -1,5 +1,5 @@
+from sparse_backend.bench.routing import place
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost
-from sparse_backend.vllm_plugin.placement import place
 
 # Like a 7B layer's: a step grows with its union, and hardly with its rows.
 TABLE = LayerTable(
