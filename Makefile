@@ -2,6 +2,8 @@
 # make serve MODEL=FOLDER PORT=9000   the same with another checkpoint folder and port
 # make serve DEVICE=cuda MODEL=FOLDER   the same on a GPU machine
 # make test    install what is missing, then every check: lint, types, import contracts, tests
+# make test-clients   other people's clients (openai for Python and Node, langchain, litellm) and schemathesis against the server
+# make test-load      five times the load it can answer for a minute, then half an hour of mixed load: nothing else may run
 # Not `?=`: environments have variables of these names that mean something else. Unset HOST and PORT leave the server's own
 # settings (PROSPARSE_HOST, …) in force.
 PYTHON = python3
@@ -16,8 +18,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SERVE_READY := $(VENV)/.ready-$(DEVICE)
 DEV_READY := $(VENV)/.ready-dev
+CLIENTS := .venv-clients
+CLIENTS_READY := $(CLIENTS)/.ready
+NODE_CLIENT := tests/e2e/clients/node
 
-.PHONY: serve test test-gpu install build lint types contracts unit format clean
+.PHONY: serve test test-clients test-load test-gpu install build lint types contracts unit format clean
 .DELETE_ON_ERROR:
 
 serve: $(SERVE_READY)
@@ -41,6 +46,14 @@ contracts: $(DEV_READY)
 unit: $(DEV_READY)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+# In an environment of their own, as their users have them; what needs node is skipped where there is none.
+test-clients: $(SERVE_READY) $(CLIENTS_READY)
+	PROSPARSE=$(CURDIR)/$(BIN)/prosparse $(CLIENTS)/bin/python -m pytest -W default tests/e2e/clients $(PYTEST_FLAGS)
+
+test-load: $(DEV_READY)
+	$(BIN)/python -m tests.e2e.overload
+	$(BIN)/python -m tests.e2e.soak
+
 # What needs an NVIDIA GPU, with the machine's own Python: CI has none, results are kept under docs/results/.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu $(PYTEST_FLAGS)
@@ -54,7 +67,7 @@ build: $(SERVE_READY)
 	$(BIN)/prosparse build --device $(DEVICE)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(NODE_CLIENT)/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -77,4 +90,10 @@ $(VENV)/.ready-cuda: pyproject.toml | $(BIN)/python
 
 $(DEV_READY): requirements/dev.txt $(SERVE_READY)
 	$(PIP) install --no-deps -r requirements/dev.txt
+	@touch $@
+
+$(CLIENTS_READY): requirements/clients.txt $(NODE_CLIENT)/package-lock.json | $(BIN)/python
+	$(BIN)/python -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps -r requirements/clients.txt
+	if command -v npm > /dev/null; then cd $(NODE_CLIENT) && npm ci --silent; fi
 	@touch $@

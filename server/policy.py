@@ -254,6 +254,8 @@ def _check_structured_outputs(field: str, value: object, limits: RequestLimits) 
 
 
 def _check_messages(field: str, value: object, limits: RequestLimits) -> None:
+    if value == []:
+        raise RefusalError(400, f"{field} is empty.", param=field)
     for message in value if isinstance(value, list) else []:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else []:

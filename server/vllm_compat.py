@@ -53,6 +53,7 @@ from vllm.version import __version__ as VLLM_VERSION
 
 from server.cli import nearest
 from server.errors import INTERNAL_TEXTS, RETRY_AFTER, error_body, error_response
+from server.openapi import document_served_fields
 from server.paths import API_PATHS
 from server.progress import say
 from server.record import RequestRecord, current_request
@@ -411,6 +412,7 @@ def attach(app: FastAPI) -> None:
     routes = [route for router in routers for route in router.routes if cast(APIRoute, route).path in API_PATHS]
     app.include_router(APIRouter(routes=routes))
     offline_docs.attach_router(app)
+    document_served_fields(app)
     init_exception_handler(app)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)

@@ -18,6 +18,8 @@ class Outcome:
     """When each event with a choice came."""
     error: int | None = None
     """Code of the error, of the answer or inside the stream."""
+    complete: bool = False
+    """The last token is there: the answer was not cut."""
     done: bool = False
     """The stream ended as streams should, or the answer was whole."""
 
@@ -77,4 +79,5 @@ class Request:
             self.outcome.done = True
         elif line.startswith(b"data: "):
             self.outcome.tokens.append(time.monotonic() - self._began)
+            self.outcome.complete |= b'"finish_reason":"length"' in line
             self.first.set()

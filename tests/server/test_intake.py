@@ -19,6 +19,7 @@ from server.record import RequestRecord, current_request
 from tests.server.asgi import Connection
 
 BODY = {"prompt": "hello", "max_tokens": 4}
+CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 class World:
@@ -159,7 +160,7 @@ async def test_a_key_that_used_up_its_rate():
     assert world.count("key_rate") == 1
 
 
-@pytest.mark.parametrize(("path", "body"), [(COMPLETIONS_PATH, BODY), (CHAT_PATH, {"messages": []})])
+@pytest.mark.parametrize(("path", "body"), [(COMPLETIONS_PATH, BODY), (CHAT_PATH, CHAT)])
 async def test_a_client_that_goes_away_ends_its_request(path, body):
     world = World()
     connection = Connection(path, body)
@@ -197,7 +198,7 @@ async def test_a_request_that_takes_too_long_is_504():
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error_event():
     world = World(request_timeout=0.02)
-    answer = await asyncio.wait_for(world.ask(Connection(CHAT_PATH, {"messages": []})), 1)
+    answer = await asyncio.wait_for(world.ask(Connection(CHAT_PATH, CHAT)), 1)
     first, error, done = answer.body.decode().strip().split("\n\n")
     assert (answer.status, first, done) == (200, "data: 1", "data: [DONE]")
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == 504

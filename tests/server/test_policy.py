@@ -137,6 +137,10 @@ def test_the_whole_vocabulary_is_too_many_alternatives():
     assert parse({"messages": HELLO, "logprobs": True}, CHAT_PATH)
 
 
+def test_a_conversation_has_a_message():
+    assert refused({"messages": []}, CHAT_PATH).param == "messages"
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -190,6 +194,14 @@ BAD_SCHEMAS = {
     "pattern names": {"patternProperties": {"^a": {}}},
     "pattern behind a reference": {"$ref": "#/x", "x": {"pattern": "a"}},
     "pattern in a map used as a schema": {"$ref": "#/properties", "properties": {"pattern": "(a+)+$"}},
+    "many objects": {"properties": {str(number): {} for number in range(513)}},
+    "itself": {"$ref": "#"},
+    "itself among others": {"anyOf": [{"type": "string"}, {"allOf": [{"$ref": "#"}]}]},
+    "itself by a way round": {
+        "$ref": "#/$defs/a",
+        "$defs": {"a": {"$ref": "#/$defs/b%2Fc"}, "b/c": {"$ref": "#/$defs/a"}},
+    },
+    "itself in a list": {"items": {"$ref": "#/anyOf/0"}, "anyOf": [{"oneOf": [{"$ref": "#/anyOf/0"}]}]},
     "repeats": {"type": "string", "maxLength": 10**9},
     "negative repeats": {"type": "array", "minItems": -1},
     "reference": {"$ref": "http://169.254.169.254/latest"},
@@ -210,6 +222,9 @@ def test_schemas_are_bounded_wherever_they_come(schema):
         {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"maxLength": 100}}},
         deep(16),
         True,
+        {"properties": {"next": {"$ref": "#"}, "all": {"items": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}},
+        {"allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}], "$defs": {"a": {"type": "object"}}},
+        {"$ref": "#/nowhere/0"},
     ],
 )
 def test_ordinary_schemas_pass(schema):

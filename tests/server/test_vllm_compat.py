@@ -1,5 +1,6 @@
 """The contract with vLLM 0.32's server internals: flags, routes, error handlers. Starts no engine."""
 
+import json
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from server.app import api_app
-from server.paths import API_PATHS
+from server.paths import API_PATHS, CHAT_PATH, COMPLETIONS_PATH, DETOKENIZE_PATH, TOKENIZE_PATH
+from server.policy import SERVED_FIELDS
 from server.settings import Settings
 from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
@@ -192,6 +194,25 @@ def test_contexts_within_the_checkpoints_pass(compat, folder, length):
     assert parse(compat, folder, "--max-model-len", length).max_model_len == (-1 if length == "auto" else int(length))
 
 
+def test_cve_2026_22807_27893_code_in_a_checkpoint_is_not_run(compat, tmp_path):
+    from transformers import AutoTokenizer
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()")
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    edit_config(folder, model_type="sparsellama", auto_map={name: f"evil.{name}" for name in names})
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Slow", "evil.Fast"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    arguments = parse(compat, folder, "--enforce-eager")
+    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+    assert config.model_config.trust_remote_code is False
+    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model_config.trust_remote_code)
+    assert not ran.exists()
+
+
 class Models:
     """Stands in for vLLM's model list; raises what a test gives it."""
 
@@ -218,6 +239,22 @@ async def test_only_the_served_paths_are_there(compat, client):
     assert (await client.get("/docs")).status_code == 200
     assert (await client.get("/static/swagger-ui-bundle.js")).status_code == 200
     assert (await client.get("/version")).json() == {"version": "0.32.0"}
+
+
+async def test_the_document_describes_the_fields_that_are_served(client):
+    document = (await client.get("/openapi.json")).json()
+    models = document["components"]["schemas"]
+    for path, names in {
+        CHAT_PATH: ["ChatCompletionRequest"],
+        COMPLETIONS_PATH: ["CompletionRequest"],
+        TOKENIZE_PATH: ["TokenizeCompletionRequest", "TokenizeChatRequest"],
+        DETOKENIZE_PATH: ["DetokenizeRequest"],
+    }.items():
+        described = set().union(*(models[name]["properties"] for name in names))
+        # Every field that we let through is one of vLLM's.
+        assert described == set(SERVED_FIELDS[path])
+        assert all(models[name]["additionalProperties"] is False for name in names)
+    assert (await client.get("/openapi.json")).json() == document
 
 
 @pytest.mark.parametrize(

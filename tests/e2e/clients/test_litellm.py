@@ -44,7 +44,9 @@ async def test_asynchronous(server) -> None:
 
 
 def test_tools(server) -> None:
-    answer = litellm.completion(**server, messages=QUESTION, max_tokens=60, tools=[TOOL], tool_choice="required")
+    choice = {"type": "function", "function": {"name": "look_up"}}
+    request = {"messages": QUESTION, "max_tokens": 100, "temperature": 0, "tools": [TOOL], "tool_choice": choice}
+    answer = litellm.completion(**server, **request)
     assert answer.choices[0].message.tool_calls[0].function.name == "look_up"
 
 

@@ -27,7 +27,7 @@ def test_no_request_makes_the_server_fail(guarded: Server, tmp_path: Path) -> No
         guarded.url + "/openapi.json",
         "--header",
         f"Authorization: Bearer {KEYS['alice']}",
-        *("--checks", "not_a_server_error", "--max-examples", "350", "--seed", "1", "--no-color"),
+        *("--checks", "not_a_server_error", "--max-examples", "300", "--seed", "1", "--no-color"),
         *("--request-timeout", "60", "--suppress-health-check", "all", "--generation-database", "none"),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -41,4 +41,5 @@ def test_no_request_makes_the_server_fail(guarded: Server, tmp_path: Path) -> No
         for (name, labels), value in guarded.metrics().items()
         if name == "sparse_http_requests_total" and value and dict(labels)["status"] >= "500"
     ]
-    assert failures == []
+    # While the server was starting its readiness said so.
+    assert {failure["path"] for failure in failures} <= {"/readyz"}

@@ -36,7 +36,8 @@ const conversation = {
   },
   async tools() {
     const tools = [{ type: "function", function: { name: "look_up", parameters: schema, strict: true } }];
-    const answer = await client.chat.completions.create({ ...request, tools, tool_choice: "required" });
+    const tool_choice = { type: "function", function: { name: "look_up" } };
+    const answer = await client.chat.completions.create({ ...request, max_tokens: 100, temperature: 0, tools, tool_choice });
     assert.equal(answer.choices[0].message.tool_calls[0].function.name, "look_up");
   },
   async jsonSchema() {
