@@ -24,6 +24,9 @@ _GOOD_RUN = 600.0
 
 _LONGEST_BACKOFF = 30.0
 
+# Seconds that an engine which has come up gets to answer its first questions.
+_OPEN_LIMIT = 120.0
+
 # Seconds that requests of an engine that was killed get to end with an error.
 _LAST_WORDS = 5.0
 
@@ -86,7 +89,7 @@ class Supervisor:
         try:
             engine = await self._start()
             if engine is not None:
-                await self._opened(engine)
+                await self._open(engine)
             return engine
         except UserError:
             raise
@@ -97,6 +100,17 @@ class Supervisor:
                 raise EngineFailedError(text) from error
             say(text)
             return None
+
+    async def _open(self, engine: "Engine") -> None:
+        try:
+            async with asyncio.timeout(_OPEN_LIMIT):
+                await self._opened(engine)
+        except Exception as error:
+            engine.kill()
+            await engine.stop()
+            if isinstance(error, TimeoutError):
+                raise EngineFailedError("it came up but does not answer.") from None
+            raise
 
     async def _watch(self, engine: "Engine") -> Failure | None:
         """What became of the engine; None if the server is to end."""

@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo checkpoint, served; one server for all end-to-end tests, since a start takes half a minute."""
-    server = Server(DEMO, tmp_path_factory.mktemp("server") / "log")
+    server = Server(DEMO, tmp_path_factory.mktemp("server") / "log", "--", "--max-num-seqs", "256")
     try:
         server.wait_listening()
         server.while_loading = server.get("/v1/models")
@@ -33,9 +33,13 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
+# Sequences that run at once, and requests that wait.
+RUNNING = 12
+QUEUE = ("--max-running", str(RUNNING), "--queue-requests", str(2 * RUNNING))
+
 KEYS = {"alice": "alice-secret", "bob": "bob-secret"}
-FLAGS = ("--max-running", "256", "--restart-timeout", "10", "--max-restarts", "100")
-VLLM_FLAGS = ("--enforce-eager", "--max-num-seqs", "256", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+FLAGS = (*QUEUE, "--restart-timeout", "10", "--max-restarts", "100")
+VLLM_FLAGS = ("--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 
 @pytest.fixture(scope="session")

@@ -11,20 +11,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.e2e.conftest import DEMO
+from tests.e2e.conftest import DEMO, QUEUE, RUNNING
 from tests.e2e.load import Load, Result
 from tests.e2e.servers import Server
 
-FLAGS = ("--max-running", "12", "--queue-requests", "24")
 BODY = {"model": "demo", "prompt": "import ", "max_tokens": 48, "ignore_eos": True, "temperature": 0.8}
-RUNNING = 12
 
 
 def measure(server: Server, seconds: float, calm: float) -> dict[str, object]:
     """Run the three phases.
 
     Args:
-        server: was started with ``FLAGS``.
+        server: was started with ``QUEUE``.
         seconds: of overload.
         calm: of each measurement of capacity.
     """
@@ -65,7 +63,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     seconds = parser.parse_args().seconds
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(DEMO, Path(folder) / "log", *FLAGS)
+        server = Server(DEMO, Path(folder) / "log", *QUEUE)
         try:
             server.wait_ready()
             found = measure(server, seconds, calm=20)

@@ -56,6 +56,10 @@ class World:
         return self.engines[-1]
 
     async def opened(self, engine: Engine) -> None:
+        if engine.fate == "breaks":
+            raise RuntimeError("gone")
+        if engine.fate == "is silent":
+            await asyncio.Event().wait()
         self.health.ready(engine)
         if engine.fate == "lives":
             asyncio.get_running_loop().call_later(0.02, self.stop.set)
@@ -133,6 +137,15 @@ async def test_a_later_start_that_fails_is_tried_again():
     await world.supervisor.run()
     assert len(world.engines) == 2
     assert world.restarts("died") == 2
+
+
+@pytest.mark.parametrize("fate", ["breaks", "is silent"])
+async def test_an_engine_that_fails_as_it_is_opened_is_ended(fate, monkeypatch):
+    monkeypatch.setattr(module, "_OPEN_LIMIT", 0.05)
+    world = World("dies", fate, "lives")
+    await world.supervisor.run()
+    assert [engine.stopped for engine in world.engines] == [True, True, False]
+    assert world.engines[1].killed
 
 
 async def test_what_the_user_got_wrong_is_told_at_once():

@@ -97,6 +97,15 @@ def test_cpu_workers_share_the_cores_out(compat, folder, monkeypatch, flags, bou
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "5"
 
 
+def test_stages_of_a_pipeline_are_scheduled_by_vllm(compat, folder, monkeypatch):
+    monkeypatch.setattr(compat, "_can_compile", lambda: True)
+    arguments = parse(compat, folder, "-pp", "2")
+    assert arguments.scheduler_cls is None
+    assert not arguments.additional_config["prosparse"]["count_rows"]
+    with pytest.raises(UserError, match="--batching sparse does not work with --pipeline-parallel-size"):
+        parse(compat, folder, "-pp", "2", batching="sparse")
+
+
 @pytest.mark.parametrize("can_compile", [True, False])
 def test_an_uncompiled_pipeline_on_a_cpu_is_refused(compat, folder, monkeypatch, can_compile):
     monkeypatch.setattr(compat, "_can_compile", lambda: can_compile)
@@ -192,6 +201,14 @@ def test_replicas_that_answer_to_several_servers_are_refused_under_every_name():
 @pytest.mark.parametrize("length", ["256", "100", "auto"])
 def test_contexts_within_the_checkpoints_pass(compat, folder, length):
     assert parse(compat, folder, "--max-model-len", length).max_model_len == (-1 if length == "auto" else int(length))
+
+
+def test_limits_and_traces_are_vllms_too(compat, folder):
+    arguments = parse(compat, folder, "--otlp-traces-endpoint", "http://127.0.0.1:4317", max_tokens=7, max_logprobs=50)
+    assert arguments.otlp_traces_endpoint == "http://127.0.0.1:4317"
+    assert arguments.override_generation_config["max_new_tokens"] == 7
+    assert arguments.max_logprobs == 50
+    assert parse(compat, folder).max_logprobs == 20
 
 
 def test_cve_2026_22807_27893_code_in_a_checkpoint_is_not_run(compat, tmp_path):
