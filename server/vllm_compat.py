@@ -131,8 +131,12 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     arguments.served_model_name = [settings.model_name]
     arguments.dtype = checkpoint.engine_dtype(settings.dtype, float16=not current_platform.is_cpu())
     arguments.hf_overrides = {"architectures": [checkpoint.model_class]}
-    arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path, "count_rows": True}}
-    arguments.scheduler_cls = SCHEDULER
+    # Ours is vLLM's asynchronous scheduler, which sends stages of a pipeline what they have no tokens for yet.
+    ours_schedules = arguments.pipeline_parallel_size == 1
+    if settings.batching == "sparse" and not ours_schedules:
+        raise UserError("--batching sparse does not work with --pipeline-parallel-size. Leave one of them out.")
+    arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path, "count_rows": ours_schedules}}
+    arguments.scheduler_cls = SCHEDULER if ours_schedules else None
     if settings.batching == "sparse" and arguments.enable_chunked_prefill is False:
         raise UserError(
             "--batching sparse reads prompts in pieces, which --no-enable-chunked-prefill forbids. Leave one of them out."

@@ -12,6 +12,7 @@ import httpx
 from sparse_backend.bench.trace import TraceRequest
 
 _TIMEOUT_S = 600.0
+_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ class Client:
             async def worker(first: int) -> None:
                 index = first
                 while True:
-                    outcomes.append(await self._send(http, prompts[index % len(prompts)], start))
+                    outcome = await self._send(http, prompts[index % len(prompts)], start)
+                    outcomes.append(outcome)
+                    if outcome.status != 200:
+                        # One that is refused at once would be asked for again and again.
+                        await asyncio.sleep(_PAUSE_S)
                     index += at_once
 
             workers = [asyncio.create_task(worker(index)) for index in range(at_once)]

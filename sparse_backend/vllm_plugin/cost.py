@@ -139,10 +139,6 @@ class StepCost:
         """Median of |predicted - taken| / taken over a path's last steps, predicted before they ran; None without any."""
         return self._fits[path].error()
 
-    def observed(self, path: Path) -> int:
-        """Steps learnt from."""
-        return self._fits[path].observed
-
 
 def _prior(path: Path, table: LayerTable, scale: float) -> Vector:
     """Coefficients in seconds: a least-squares fit to the table; a millisecond per step where there is none."""
@@ -174,7 +170,7 @@ class _PathFit:
         self._pace = 1.0
         self.excess = 1.0
         """What nine of ten steps took, over their prediction; at least 1."""
-        self.observed = 0
+        self._observed = 0
 
     def seconds(self, terms: list[float]) -> float:
         return float(self._coefficients @ terms) * self._pace
@@ -184,8 +180,8 @@ class _PathFit:
         sample = np.array(terms) / seconds
         self._keep(sample, size)
         self._latest.append(sample)
-        self.observed += 1
-        if self.observed % (_REFIT_AT_FIRST if self.observed < _REFIT_EVERY else _REFIT_EVERY) == 0:
+        self._observed += 1
+        if self._observed % (_REFIT_AT_FIRST if self._observed < _REFIT_EVERY else _REFIT_EVERY) == 0:
             self._refit()
         if len(self._latest) == _PACE_SAMPLES:
             low, high = _PACE_LIMITS

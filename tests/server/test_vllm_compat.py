@@ -97,6 +97,15 @@ def test_cpu_workers_share_the_cores_out(compat, folder, monkeypatch, flags, bou
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "5"
 
 
+def test_stages_of_a_pipeline_are_scheduled_by_vllm(compat, folder, monkeypatch):
+    monkeypatch.setattr(compat, "_can_compile", lambda: True)
+    arguments = parse(compat, folder, "-pp", "2")
+    assert arguments.scheduler_cls is None
+    assert not arguments.additional_config["prosparse"]["count_rows"]
+    with pytest.raises(UserError, match="--batching sparse does not work with --pipeline-parallel-size"):
+        parse(compat, folder, "-pp", "2", batching="sparse")
+
+
 @pytest.mark.parametrize("can_compile", [True, False])
 def test_an_uncompiled_pipeline_on_a_cpu_is_refused(compat, folder, monkeypatch, can_compile):
     monkeypatch.setattr(compat, "_can_compile", lambda: can_compile)
