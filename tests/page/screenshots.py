@@ -39,6 +39,7 @@ def take(browser: Browser, url: str, name: str) -> None:
     """One picture, in 256 colours: half the bytes, and nobody sees it."""
     size, scheme = PICTURES[name]
     page = open_page(browser, size, scheme)
+    page.set_default_timeout(120_000)
     page.goto(url)
     page.wait_for_selector(READY)
     generate(page)
