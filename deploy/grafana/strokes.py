@@ -156,7 +156,7 @@ def scatter(axes: Axes, panel: dict[str, Any], data: list[tuple[Any, list[Series
 
 def _minutes(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: "now" if value == 0 else f"{value:g} min"))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.margins(x=0)
 
 

@@ -7,6 +7,7 @@ import openai
 import pydantic
 import pytest
 
+from tests.e2e.clients.tries import until_complete
 from tests.e2e.conftest import KEYS
 from tests.e2e.servers import Server
 
@@ -72,11 +73,19 @@ def test_stream_with_usage(client: openai.OpenAI) -> None:
 
 
 def test_stream_helper(client: openai.OpenAI) -> None:
-    request = {"model": MODEL, "messages": QUESTION, "max_tokens": 60, "temperature": 0, "response_format": Found}
-    with client.chat.completions.stream(**request) as stream:
-        kinds = {event.type for event in stream}
+    request = {"model": MODEL, "messages": QUESTION, "max_tokens": 60, "response_format": Found}
+
+    def attempt(seed: int) -> tuple[set[str], object] | None:
+        try:
+            with client.chat.completions.stream(**request, seed=seed) as stream:
+                kinds = {event.type for event in stream}
+            return kinds, stream.get_final_completion().choices[0].message.parsed
+        except openai.LengthFinishReasonError:
+            return None
+
+    kinds, parsed = until_complete(attempt)
     assert {"chunk", "content.delta", "content.done"} <= kinds
-    assert isinstance(stream.get_final_completion().choices[0].message.parsed, Found)
+    assert isinstance(parsed, Found)
 
 
 def call_tool(client: openai.OpenAI, request: dict[str, object]) -> tuple[str, str, str] | None:
@@ -95,9 +104,9 @@ def call_tool(client: openai.OpenAI, request: dict[str, object]) -> tuple[str, s
 @pytest.mark.parametrize("stream", [False, True])
 def test_tools(client: openai.OpenAI, choice, stream) -> None:
     request = {"model": MODEL, "messages": QUESTION, "tools": [TOOL], "tool_choice": choice, "stream": stream}
-    # So small a model goes on with spaces now and then, which JSON allows, until it is cut.
-    tries = (call_tool(client, request | {"max_tokens": 200, "seed": seed}) for seed in range(8))
-    call_id, name, arguments = next(call for call in tries if call is not None)
+    call_id, name, arguments = until_complete(
+        lambda seed: call_tool(client, request | {"max_tokens": 200, "seed": seed})
+    )
     assert name == "look_up"
     assert json.loads(arguments)["word"] in ("list", "dict")
     # What the tool said goes back into the conversation.
@@ -119,10 +128,16 @@ def test_tools_left_to_the_model(client: openai.OpenAI) -> None:
 
 
 def test_json_schema_parsed_into_a_class(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.parse(
-        model=MODEL, messages=QUESTION, max_tokens=60, temperature=0, response_format=Found
-    )
-    assert isinstance(answer.choices[0].message.parsed, Found)
+    def attempt(seed: int) -> object | None:
+        try:
+            answer = client.chat.completions.parse(
+                model=MODEL, messages=QUESTION, max_tokens=60, seed=seed, response_format=Found
+            )
+        except openai.LengthFinishReasonError:
+            return None
+        return answer.choices[0].message.parsed
+
+    assert isinstance(until_complete(attempt), Found)
 
 
 def test_json_object(client: openai.OpenAI) -> None:

