@@ -189,6 +189,8 @@ def test_the_requests_id_reaches_the_log(client: openai.OpenAI, guarded: Server)
         model=MODEL, messages=QUESTION, max_tokens=4, extra_headers={"X-Request-Id": "conversation-7"}
     )
     assert raw.headers["x-request-id"] == "conversation-7"
+    # The line is written when the exchange has ended, which the client may know first.
+    guarded.wait_until(lambda: "conversation-7" in guarded.requests_log.read_text(), 10, "the request's line")
     lines = [json.loads(line) for line in guarded.requests_log.read_text().splitlines()]
     (line,) = [line for line in lines if line["id"] == "conversation-7"]
     assert (line["key"], line["status"], line["path"]) == ("alice", 200, "/v1/chat/completions")
