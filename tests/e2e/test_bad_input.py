@@ -73,7 +73,7 @@ DAMAGES: list[tuple[Callable[[Path], None], list[str]]] = [
         lambda folder: edit_config(folder, hidden_act="fatrelu", hidden_act_param=float("nan")),
         ["hidden_act_param is nan"],
     ),
-    (lambda folder: edit_config(folder, architectures=["OPTForCausalLM"]), ["OPTForCausalLM", "served are"]),
+    (lambda folder: edit_config(folder, architectures=["OPTForCausalLM"]), ["OPTForCausalLM", "have no gate"]),
     (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),
 ]
 
@@ -126,7 +126,7 @@ def test_sha256_that_disagrees_with_the_manifest(tmp_path):
         (["--", "--max-num-seqs", "0"], {}, ["max_num_seqs"]),
         (["--", "--trust-remote-code"], {}, ["--trust-remote-code is refused"]),
         (["--", "--help"], {}, ["--help is refused", "vllm serve --help"]),
-        (["--", "--data-parallel-size", "2"], {}, ["--data-parallel-size is refused"]),
+        (["--", "--data-parallel-rank", "1"], {}, ["--data-parallel-rank is refused"]),
         (["--host", "203.0.113.1"], {}, ["cannot listen on 203.0.113.1"]),
     ],
 )
