@@ -21,10 +21,9 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
 
 from sparse_backend.activation import Activation
-from sparse_backend.vllm_plugin import padding
+from sparse_backend.vllm_plugin import norm, padding
 from sparse_backend.vllm_plugin.ffn_path import layer_table, max_sparse_rows_per_layer, plugin_settings
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
-from sparse_backend.vllm_plugin.norm import norm_class
 from sparse_backend.vllm_plugin.row_counts import RowCountsWriter, WorkerFacts, file_of, most_rows
 
 logger = logging.getLogger(__name__)
@@ -74,9 +73,9 @@ class SparseFeedForward:
                 max_sparse_rows=limits[index],
                 dense_reason=self._dense_reason(layer.mlp, vllm_config),
             )
-            norm = norm_class(vllm_config.model_config.dtype, config.hidden_size, layer.mlp.max_sparse_rows)
-            for name in _NORMS:
-                setattr(layer, name, norm(config.hidden_size, eps=config.rms_norm_eps))
+            if norm.pays(vllm_config.model_config.dtype, config.hidden_size, layer.mlp.max_sparse_rows):
+                for name in _NORMS:
+                    setattr(layer, name, norm.EarlyRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if get_tensor_model_parallel_rank() == 0:
             self._tell_of_dense_layers()
         self._row_counts = self._count_rows(vllm_config) if plugin_settings(vllm_config).count_rows else None

@@ -22,7 +22,6 @@ class EarlyRMSNorm(RMSNorm):
         return add_rms_norm(x, residual, self.weight, self.variance_epsilon)
 
 
-def norm_class(dtype: torch.dtype, d_model: int, max_sparse_rows: int) -> type[RMSNorm]:
-    """Which norms a decoder layer takes: ours where its feed-forward layer can take the sparse path and start early."""
-    early = max_sparse_rows > 0 and is_early(dtype, d_model, current_platform.device_type)
-    return EarlyRMSNorm if early else RMSNorm
+def pays(dtype: torch.dtype, d_model: int, max_sparse_rows: int) -> bool:
+    """Whether a decoder layer should have such norms: its feed-forward layer can take the sparse path and start early."""
+    return max_sparse_rows > 0 and is_early(dtype, d_model, current_platform.device_type)

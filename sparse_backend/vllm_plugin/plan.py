@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from sparse_backend.vllm_plugin.batching import BatchingSettings
 from sparse_backend.vllm_plugin.cost import StepCost, StepShape, union_of
 
-_LEAST_CHUNK = (
-    64  # tokens of prompts that every step carries, or waiting requests would starve where objectives cannot be met
-)
+# Tokens of prompts that every step carries, or waiting requests would starve where objectives cannot be met.
+_LEAST_CHUNK = 64
 _HEADROOM = 0.95  # of the objective; the rest is for the way to the client
 
 

@@ -18,6 +18,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from sparse_backend.ffn.paths import DEFAULT_DENSITY
 from sparse_backend.vllm_plugin.batching import BatchingSettings, Decision, Fallback, FinishedRequest, Reporter
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale
 from sparse_backend.vllm_plugin.densities import Densities
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 _LONGEST_STEP_S = 30.0  # what seems to take longer was a clock that jumped, or a machine that slept
 _STEPS_TO_TRUST = 32  # without a fault, after one
 _REPORT_EVERY_S = 0.5
-_EXPECTED_DENSITY = 0.107  # as assumed of a checkpoint without a manifest
 
 _WARNINGS: dict[Fallback, str] = {
     "counters": "the layers' counters of a step did not arrive",
@@ -62,7 +62,7 @@ class SparseScheduler(AsyncScheduler):
             self._counts: RowCountsReader | None = RowCountsReader(file_of(self.vllm_config))
         except OSError:
             self._counts = None
-        self._densities = Densities(_EXPECTED_DENSITY)
+        self._densities = Densities(DEFAULT_DENSITY)
         self._planner = Planner(self._settings, self._new_cost())
         self._under_way: deque[_Step] = deque()
         self._arrived: dict[str, float] = {}
@@ -256,7 +256,7 @@ class SparseScheduler(AsyncScheduler):
             return
         if not self._counts.facts["sparse_us"]:
             return
-        alone = 1e3 * self._planner.cost.seconds(StepShape(1, union=_EXPECTED_DENSITY))
+        alone = 1e3 * self._planner.cost.seconds(StepShape(1, union=DEFAULT_DENSITY))
         for flag, objective in (
             ("--itl-slo-ms", self._settings.itl_slo_ms),
             ("--ttft-slo-ms", self._settings.ttft_slo_ms),

@@ -1,13 +1,14 @@
 """A real Prometheus with the shipped configuration."""
 
 import shutil
-import socket
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.e2e.servers import free_port
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "prometheus"
 
@@ -29,9 +30,7 @@ class Prometheus:
         assert changed.count(target) == 1
         assert changed.count(f"_interval: {interval}") == 2
         (folder / "etc" / "prometheus.yml").write_text(changed)
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{listener.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         self.url = f"http://{address}"
         self._client = httpx.Client(base_url=f"{self.url}/api/v1", timeout=30)
         self._log = folder / "log"
