@@ -121,6 +121,8 @@ class Server:
 
     async def _open(self, engine: "Engine") -> None:
         """Put the API on a running engine and let requests in."""
+        self._step("warming up")
+        await engine.warm_up()
         await engine.reset_counters()
         await self._telemetry.start(engine.snapshots)
         app = api_app(self._operations)

@@ -24,8 +24,8 @@ _GOOD_RUN = 600.0
 
 _LONGEST_BACKOFF = 30.0
 
-# Seconds that an engine which has come up gets to answer its first questions.
-_OPEN_LIMIT = 120.0
+# Seconds that an engine which has come up gets to warm up and answer its first questions.
+_OPEN_LIMIT = 300.0
 
 # Seconds that requests of an engine that was killed get to end with an error.
 _LAST_WORDS = 5.0

@@ -39,8 +39,10 @@ from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.entrypoints.serve.instrumentator import basic, offline_docs
 from vllm.entrypoints.serve.tokenize import api_router as tokenize
 from vllm.exceptions import GenerationError, GracefulHTTPError, RetryableRequestError, VLLMClientError
+from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -52,6 +54,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as VLLM_VERSION
 
+from server.batching import WARM_UP
 from server.cli import nearest
 from server.errors import INTERNAL_TEXTS, RETRY_AFTER, error_body, error_response
 from server.openapi import document_served_fields
@@ -318,6 +321,30 @@ class Engine:
     def tick(self) -> None:
         """To be called about once a second: asks a quiet engine whether it is alive."""
         self._watchdog.tick()
+
+    async def warm_up(self) -> None:
+        """Have vLLM compile what it compiles when a request first asks for it: random sampling, ranks of log-probabilities.
+
+        On a CPU that takes many seconds, in which the engine takes no step: requests would wait, and it would count as hung.
+        """
+        replicas = self._llm.vllm_config.parallel_config.data_parallel_size
+        # What was compiled for one row is compiled once more for several.
+        for rows in (1, 2):
+            names = [(replica, f"{WARM_UP}-{replica}-{row}") for replica in range(replicas) for row in range(rows)]
+            await asyncio.gather(*(self._generate_a_little(name, replica) for replica, name in names))
+
+    async def _generate_a_little(self, name: str, replica: int) -> None:
+        parameters = SamplingParams(
+            temperature=1,
+            logprobs=1,
+            max_tokens=4,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = TokensPrompt(prompt_token_ids=[0])
+        async for _ in self._llm.generate(prompt, parameters, name, data_parallel_rank=replica):
+            pass
 
     async def reset_counters(self) -> None:
         """Forget the rows of the warm-up."""

@@ -1,5 +1,6 @@
 """The contract with vLLM 0.32's server internals: flags, routes, error handlers. Starts no engine."""
 
+import asyncio
 import json
 import os
 from argparse import Namespace
@@ -153,6 +154,25 @@ async def test_the_workers_are_asked_until_all_have_their_counters(compat, monke
     layers = [snapshot["layers"][0] for snapshot in snapshots]
     assert [layer["paths"]["sparse"]["rows"] for layer in layers] == [10 + replica for replica in range(len(patience))]
     assert all(layer["d_ff"] == 128 and layer["paths"]["sparse"]["active"] == 10 for layer in layers)
+
+
+async def test_every_replica_is_warmed_up_with_one_row_and_with_several(compat):
+    at_once, seen = 0, []
+
+    async def generate(prompt, parameters, name, *, data_parallel_rank):
+        nonlocal at_once
+        at_once += 1
+        await asyncio.sleep(0)
+        seen.append((data_parallel_rank, at_once, parameters.temperature > 0, parameters.logprobs))
+        await asyncio.sleep(0)
+        at_once -= 1
+        yield name
+
+    engine = compat.Engine.__new__(compat.Engine)
+    parallel = SimpleNamespace(data_parallel_size=2)
+    engine._llm = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel), generate=generate)
+    await engine.warm_up()
+    assert seen == [*((rank, 2, True, 1) for rank in (0, 1)), *((rank, 4, True, 1) for rank in (0, 0, 1, 1))]
 
 
 @pytest.mark.parametrize(
