@@ -25,9 +25,6 @@ _REMEMBERED = 1024  # finished requests
 _ENGINE_ID = re.compile(r"(\d+_)?(chatcmpl-(?P<chat>.+)|cmpl-(?P<completion>.+)-\d+)-[0-9a-f]{8}")
 _LARGEST_REPORT = 1 << 20
 
-WARM_UP = "warm-up"
-"""What the ids of requests begin with that nobody has sent: they count nowhere."""
-
 
 def batching_settings(settings: Settings, folder: pathlib.Path) -> BatchingSettings:
     """The scheduler's part of the settings; it reports to a socket in ``folder``."""
@@ -83,8 +80,6 @@ class BatchingTelemetry(Collector):
         """Take one in."""
         self._latest[report["replica"]] = report
         for request in report["finished"]:
-            if request["id"].startswith(WARM_UP):
-                continue
             bucket = next((limit for limit in _DENSITY_BUCKETS if request["density"] <= limit), _DENSITY_BUCKETS[-1])
             self._buckets[bucket] += 1
             self._density_sum += request["density"]

@@ -39,10 +39,8 @@ from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.entrypoints.serve.instrumentator import basic, offline_docs
 from vllm.entrypoints.serve.tokenize import api_router as tokenize
 from vllm.exceptions import GenerationError, GracefulHTTPError, RetryableRequestError, VLLMClientError
-from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -54,7 +52,6 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as VLLM_VERSION
 
-from server.batching import WARM_UP
 from server.cli import nearest
 from server.errors import INTERNAL_TEXTS, RETRY_AFTER, error_body, error_response
 from server.openapi import document_served_fields
@@ -177,6 +174,9 @@ def _set_cpu_defaults(arguments: Namespace) -> None:
     if not arguments.enforce_eager and not _can_compile():
         say("no C++ compiler or no Python.h (python3-dev): the model runs uncompiled, which is slower")
         arguments.enforce_eager = True
+    if arguments.enforce_eager:
+        # Nor is what vLLM's sampler compiles whatever the flags say.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     if arguments.pipeline_parallel_size > 1 and arguments.enforce_eager:
         raise UserError(
             f"--pipeline-parallel-size {arguments.pipeline_parallel_size} on a CPU needs the compiled model: vLLM {VLLM_VERSION}"
@@ -323,28 +323,8 @@ class Engine:
         self._watchdog.tick()
 
     async def warm_up(self) -> None:
-        """Have vLLM compile what it compiles when a request first asks for it: random sampling, ranks of log-probabilities.
-
-        On a CPU that takes many seconds, in which the engine takes no step: requests would wait, and it would count as hung.
-        """
-        replicas = self._llm.vllm_config.parallel_config.data_parallel_size
-        # What was compiled for one row is compiled once more for several.
-        for rows in (1, 2):
-            names = [(replica, f"{WARM_UP}-{replica}-{row}") for replica in range(replicas) for row in range(rows)]
-            await asyncio.gather(*(self._generate_a_little(name, replica) for replica, name in names))
-
-    async def _generate_a_little(self, name: str, replica: int) -> None:
-        parameters = SamplingParams(
-            temperature=1,
-            logprobs=1,
-            max_tokens=4,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        prompt = TokensPrompt(prompt_token_ids=[0])
-        async for _ in self._llm.generate(prompt, parameters, name, data_parallel_rank=replica):
-            pass
+        """Have the workers compile what vLLM would compile at the first request that needs it."""
+        await self._ask_workers("warm_up_sampler")
 
     async def reset_counters(self) -> None:
         """Forget the rows of the warm-up."""

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.v1.sample.sampler import Sampler
 
 from sparse_backend.ffn.counters import ACTIVE, ROWS, STEPS, UNION, VIEWS
 from sparse_backend.vllm_plugin.counter_copy import CounterCopy
@@ -45,6 +46,17 @@ class SparsityWorkerExtension:
             mlp.counters.zero_()
         if hasattr(model := self.model_runner.get_model(), "reset_row_counts"):
             model.reset_row_counts()
+
+    @torch.inference_mode()
+    def warm_up_sampler(self) -> None:
+        """Have vLLM compile now what it compiles when a request first asks for log-probabilities.
+
+        On a CPU that takes many seconds, in which the engine takes no step: requests would wait, and it would count as hung.
+        """
+        # The GPU's newer model runner has another sampler, whose kernels vLLM warms up itself.
+        if isinstance(sampler := self.model_runner.sampler, Sampler):
+            logprobs = torch.zeros(1, self.model_runner.model_config.get_vocab_size(), device=self.device)
+            sampler.gather_logprobs(logprobs, 1, torch.zeros(1, dtype=torch.int64, device=self.device))
 
     def _copy_counters(self) -> CounterCopy:
         return CounterCopy([mlp.counters for mlp in self._sparse_mlps()])

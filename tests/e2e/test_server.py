@@ -104,6 +104,7 @@ def test_json_schema(client):
         model=MODEL,
         messages=[{"role": "user", "content": "Describe it as JSON:"}],
         max_tokens=64,
+        temperature=0,
         response_format={"type": "json_schema", "json_schema": {"name": "found", "schema": SCHEMA, "strict": True}},
     )
     found = json.loads(answer.choices[0].message.content)

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.batching import WARM_UP, BatchingTelemetry, batching_settings
+from server.batching import BatchingTelemetry, batching_settings
 from server.settings import Settings
 from sparse_backend.vllm_plugin.batching import SETTINGS_VARIABLE, BatchingSettings, Report, Reporter
 
@@ -59,12 +59,6 @@ def test_densities_of_finished_requests_are_a_histogram() -> None:
     buckets = {labels[0]: value for (name, labels), value in metrics.items() if name == "sparse_request_density_bucket"}
     assert (buckets["0.01"], buckets["0.02"], buckets["0.03"], buckets["0.5"], buckets["+Inf"]) == (1, 2, 3, 3, 4)
     assert metrics["sparse_request_density_sum", ()] == pytest.approx(0.945)
-
-
-def test_the_warm_up_is_nobodys_request() -> None:
-    telemetry = BatchingTelemetry("fcfs")
-    telemetry.take(report(finished=[{"id": f"{WARM_UP}-0-1-0a1b2c3d", "density": 0.5, "rows": 4}]))
-    assert shown(telemetry)["sparse_request_density_count", ()] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The contract with vLLM 0.32's server internals: flags, routes, error handlers. Starts no engine."""
 
-import asyncio
 import json
 import os
 from argparse import Namespace
@@ -31,6 +30,14 @@ def compat():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch) -> dict[str, str]:
+    """Of each test a copy of its own, which the defaults for a CPU go into."""
+    copy = dict(os.environ)
+    monkeypatch.setattr(os, "environ", copy)
+    return copy
 
 
 def parse(compat, folder: Path, *flags: str, **settings: object) -> Namespace:
@@ -86,9 +93,7 @@ def test_float16_is_for_gpus(compat, tmp_path, monkeypatch):
     ],
 )
 def test_cpu_workers_share_the_cores_out(compat, folder, monkeypatch, flags, bound):
-    # Set first: what is not there is not put back as it was.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "")
-    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND")
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setattr(compat, "_can_compile", lambda: True)
     monkeypatch.setattr(compat.os, "sched_getaffinity", lambda _: set(range(6)))
     parse(compat, folder, *flags)
@@ -154,25 +159,6 @@ async def test_the_workers_are_asked_until_all_have_their_counters(compat, monke
     layers = [snapshot["layers"][0] for snapshot in snapshots]
     assert [layer["paths"]["sparse"]["rows"] for layer in layers] == [10 + replica for replica in range(len(patience))]
     assert all(layer["d_ff"] == 128 and layer["paths"]["sparse"]["active"] == 10 for layer in layers)
-
-
-async def test_every_replica_is_warmed_up_with_one_row_and_with_several(compat):
-    at_once, seen = 0, []
-
-    async def generate(prompt, parameters, name, *, data_parallel_rank):
-        nonlocal at_once
-        at_once += 1
-        await asyncio.sleep(0)
-        seen.append((data_parallel_rank, at_once, parameters.temperature > 0, parameters.logprobs))
-        await asyncio.sleep(0)
-        at_once -= 1
-        yield name
-
-    engine = compat.Engine.__new__(compat.Engine)
-    parallel = SimpleNamespace(data_parallel_size=2)
-    engine._llm = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel), generate=generate)
-    await engine.warm_up()
-    assert seen == [*((rank, 2, True, 1) for rank in (0, 1)), *((rank, 4, True, 1) for rank in (0, 0, 1, 1))]
 
 
 @pytest.mark.parametrize(
@@ -354,12 +340,14 @@ async def test_a_dead_engine_is_a_503(client):
 
 
 @pytest.mark.parametrize("missing", ["compiler", "Python.h"])
-def test_what_cannot_be_compiled_runs_eager(compat, folder, monkeypatch, tmp_path, missing):
+def test_what_cannot_be_compiled_runs_eager(compat, folder, environment, monkeypatch, tmp_path, missing):
     if not compat.current_platform.is_cpu():
         pytest.skip("the CPU's defaults")
     monkeypatch.setattr(compat.shutil, "which", lambda _command: None if missing == "compiler" else "/usr/bin/g++")
     monkeypatch.setattr(compat.sysconfig, "get_path", lambda _name: str(tmp_path))
     (tmp_path / "Python.h").touch()
+    environment.pop("TORCH_COMPILE_DISABLE", None)
     assert parse(compat, folder).enforce_eager is (missing == "compiler")
+    assert environment.get("TORCH_COMPILE_DISABLE") == ("1" if missing == "compiler" else None)
     (tmp_path / "Python.h").unlink()
     assert parse(compat, folder).enforce_eager

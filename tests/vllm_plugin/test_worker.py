@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.sample.sampler import Sampler
 
 from sparse_backend.vllm_plugin import counter_copy, ffn_path, worker
 from sparse_backend.vllm_plugin.counter_copy import CounterCopy
@@ -109,6 +110,24 @@ def test_a_rank_without_layers_has_an_empty_snapshot():
     assert live.sparsity_snapshot_begin()["layers"] == []
 
 
+def test_once_warm_no_request_makes_the_sampler_compile():
+    live = Worker()
+    live.model_runner.sampler = sampler = Sampler()
+    live.model_runner.model_config.get_vocab_size = lambda: 96
+    live.warm_up_sampler()
+    with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
+        for rows in (1, 2, 5):
+            logits = torch.zeros(rows, 96)
+            tokens, _ = sampler.topk_topp_sampler(logits, {}, None, None)
+            assert sampler.gather_logprobs(sampler.compute_logprobs(logits), 3, tokens).logprobs.shape == (rows, 4)
+
+
+def test_a_sampler_that_vllm_warms_up_itself_is_left_alone():
+    live = Worker()
+    live.model_runner.sampler = object()
+    live.warm_up_sampler()
+
+
 def test_vllms_workers_have_no_method_of_these_names():
     """vLLM refuses an extension that hides one of its worker's."""
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -116,6 +135,7 @@ def test_vllms_workers_have_no_method_of_these_names():
 
     ours = {name for name in dir(SparsityWorkerExtension) if not name.startswith("__")}
     assert {"sparsity_snapshot", "sparsity_snapshot_begin", "sparsity_snapshot_poll", "sparsity_reset"} <= ours
+    assert "warm_up_sampler" in ours
     assert not ours & (set(dir(CPUWorker)) | set(dir(GpuWorker)))
 
 
