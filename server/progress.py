@@ -30,6 +30,7 @@ _EXPECTED = (
     "Enforce eager set",
     "Using custom scheduler class",
     "Inductor compilation was disabled by user settings",
+    "TORCH_COMPILE_DISABLE is set",
 )
 
 
