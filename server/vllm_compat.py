@@ -372,7 +372,9 @@ class Engine:
         return self._llm.get_num_unfinished_requests() > 0
 
     async def _ask(self) -> None:
-        await self._ask_workers("check_health")
+        # Of EngineCore alone, which reports a worker that died. A worker that is asked waits for the next question at full
+        # speed for a second, and vLLM may lose its wake-up, for 5 s each time: enough to be taken for hung on a busy machine.
+        await self._llm.engine_core.call_utility_all_async("is_sleeping")
 
     async def _ask_workers(self, method: str) -> list[list[Any]]:
         """All workers' answers, by replica; vLLM's own ``collective_rpc`` gives those of one replica."""

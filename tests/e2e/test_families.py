@@ -5,14 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from tests import families
+from tests.e2e import greedy
 from tests.e2e.servers import Server
 
 pytestmark = pytest.mark.engine
 
-TOKENS = 8
 PROMPTS = [
     [5, 6, 7, 8],
     [40, 41, 42],
@@ -60,35 +59,17 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     try:
         server.wait_ready()
-        yield Running(case, server, [greedy(model, prompt) for prompt in PROMPTS])
+        yield Running(case, server, [greedy.from_model(model, prompt) for prompt in PROMPTS])
     finally:
         server.close()
 
 
-def greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
-    with torch.no_grad():
-        sequence = list(prompt)
-        for _ in range(TOKENS):
-            sequence.append(int(model(torch.tensor([sequence])).logits[0, -1].argmax()))
-    return sequence[len(prompt) :]
-
-
-def complete(server: Server, prompt: list[int]) -> list[int]:
-    body = {
-        **{"model": "model", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0},
-        **{"ignore_eos": True, "return_token_ids": True},
-    }
-    response = server.post("/v1/completions", body)
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["token_ids"]
-
-
 def test_tokens_are_hugging_faces_and_every_row_is_counted_once(running: Running) -> None:
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        tokens = list(pool.map(lambda prompt: complete(running.server, prompt), PROMPTS))
+        tokens = list(pool.map(lambda prompt: greedy.from_server(running.server, prompt), PROMPTS))
     assert tokens == running.expected
     metrics = running.server.metrics()
-    rows = sum(map(len, PROMPTS)) + len(PROMPTS) * (TOKENS - 1)
+    rows = sum(map(len, PROMPTS)) + len(PROMPTS) * (greedy.TOKENS - 1)
     for layer in ("0", "1"):
         labels = frozenset({"layer": layer, "path": "sparse"}.items())
         assert metrics["sparse_ffn_rows_total", labels] == rows
