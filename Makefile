@@ -43,9 +43,8 @@ types: $(DEV_READY)
 contracts: $(DEV_READY)
 	$(BIN)/lint-imports
 
-# In two processes: an engine's start is mostly imports, by one thread.
 unit: $(DEV_READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # In an environment of their own, as their users have them; what needs node is skipped where there is none.
 test-clients: $(SERVE_READY) $(CLIENTS_READY)
