@@ -161,6 +161,21 @@ async def test_the_workers_are_asked_until_all_have_their_counters(compat, monke
     assert all(layer["d_ff"] == 128 and layer["paths"]["sparse"]["active"] == 10 for layer in layers)
 
 
+async def test_an_engine_at_rest_is_asked_and_its_workers_are_not(compat):
+    from vllm.v1.engine.core import EngineCore
+
+    asked = []
+
+    async def ask(method):
+        asked.append(method)
+
+    engine = compat.Engine.__new__(compat.Engine)
+    engine._llm = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=ask))
+    await engine._ask()
+    assert asked == ["is_sleeping"]
+    assert callable(EngineCore.is_sleeping)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
