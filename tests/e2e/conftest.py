@@ -17,7 +17,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo checkpoint, served; one server for all end-to-end tests, since a start takes half a minute."""
-    server = Server(DEMO, tmp_path_factory.mktemp("server") / "log", "--", "--max-num-seqs", "256")
+    # On a busy machine a pause says nothing of the engine's health.
+    patience = ("--restart-timeout", "120")
+    server = Server(DEMO, tmp_path_factory.mktemp("server") / "log", *patience, "--", "--max-num-seqs", "256")
     try:
         server.wait_listening()
         server.while_loading = server.get("/v1/models")
