@@ -323,8 +323,8 @@ class Engine:
         self._watchdog.tick()
 
     async def warm_up(self) -> None:
-        """Have the workers do what the first requests would otherwise wait for."""
-        await self._ask_workers("prepare_to_serve")
+        """Have the workers compile what vLLM would compile at the first request that needs it."""
+        await self._ask_workers("warm_up_sampler")
 
     async def reset_counters(self) -> None:
         """Forget the rows of the warm-up."""

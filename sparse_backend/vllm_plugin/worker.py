@@ -48,16 +48,11 @@ class SparsityWorkerExtension:
             model.reset_row_counts()
 
     @torch.inference_mode()
-    def prepare_to_serve(self) -> None:
-        """Do now what the first requests would otherwise wait for.
+    def warm_up_sampler(self) -> None:
+        """Have vLLM compile now what it compiles when a request first asks for log-probabilities.
 
-        On a CPU the memory of the key-value cache is the process's only once it has been written to, and what log-probabilities
-        need is compiled when a request first asks for them. Either may take seconds, in which the engine takes no step and could
-        count as hung.
+        On a CPU that takes many seconds, in which the engine takes no step: requests would wait, and it would count as hung.
         """
-        if self.device.type == "cpu":
-            for cache in self.model_runner.kv_caches:
-                cache.zero_()
         # The GPU's newer model runner has another sampler, whose kernels vLLM warms up itself.
         if isinstance(sampler := self.model_runner.sampler, Sampler):
             logprobs = torch.zeros(1, self.model_runner.model_config.get_vocab_size(), device=self.device)

@@ -31,7 +31,7 @@ class Worker(SparsityWorkerExtension):
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         config = SimpleNamespace(dtype=torch.bfloat16, hf_config=SimpleNamespace(hidden_size=16))
-        self.model_runner = SimpleNamespace(model_config=config, get_model=object, sampler=object(), kv_caches=[])
+        self.model_runner = SimpleNamespace(model_config=config, get_model=object)
         self.mlps = [mlp(0), mlp(1)]
 
     def _sparse_mlps(self):
@@ -114,7 +114,7 @@ def test_once_warm_no_request_makes_the_sampler_compile():
     live = Worker()
     live.model_runner.sampler = sampler = Sampler()
     live.model_runner.model_config.get_vocab_size = lambda: 96
-    live.prepare_to_serve()
+    live.warm_up_sampler()
     with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
         for rows in (1, 2, 5):
             logits = torch.zeros(rows, 96)
@@ -122,12 +122,10 @@ def test_once_warm_no_request_makes_the_sampler_compile():
             assert sampler.gather_logprobs(sampler.compute_logprobs(logits), 3, tokens).logprobs.shape == (rows, 4)
 
 
-def test_before_requests_come_a_cpus_cache_has_its_memory():
+def test_a_sampler_that_vllm_warms_up_itself_is_left_alone():
     live = Worker()
-    # A sampler that vLLM warms up itself is left alone.
-    live.model_runner.kv_caches = [torch.ones(2, 3), torch.ones(3)]
-    live.prepare_to_serve()
-    assert not any(cache.any() for cache in live.model_runner.kv_caches)
+    live.model_runner.sampler = object()
+    live.warm_up_sampler()
 
 
 def test_vllms_workers_have_no_method_of_these_names():
@@ -137,7 +135,7 @@ def test_vllms_workers_have_no_method_of_these_names():
 
     ours = {name for name in dir(SparsityWorkerExtension) if not name.startswith("__")}
     assert {"sparsity_snapshot", "sparsity_snapshot_begin", "sparsity_snapshot_poll", "sparsity_reset"} <= ours
-    assert "prepare_to_serve" in ours
+    assert "warm_up_sampler" in ours
     assert not ours & (set(dir(CPUWorker)) | set(dir(GpuWorker)))
 
 
