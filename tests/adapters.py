@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import edit_config
 
 RANK = 4
+SCALE = 2
+"""What the product of an adapter's two matrices is multiplied with: lora_alpha / r."""
 
 
 def write_adapter(folder: Path, base: Path, modules: list[str]) -> Path:
@@ -29,7 +31,7 @@ def write_adapter(folder: Path, base: Path, modules: list[str]) -> Path:
     config = {
         "peft_type": "LORA",
         "r": RANK,
-        "lora_alpha": 2 * RANK,
+        "lora_alpha": SCALE * RANK,
         "target_modules": modules,
         "bias": "none",
         "base_model_name_or_path": "",

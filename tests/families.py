@@ -220,3 +220,13 @@ def write(folder: Path, name: str, **fields: Any) -> PreTrainedModel:
     model = family.reference(config).eval()
     model.load_state_dict(saved.state_dict())
     return model
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+    """The reference model's tokens, and the logits [tokens, vocabulary] they were chosen from."""
+    sequence, logits = list(prompt), []
+    with torch.no_grad():
+        for _ in range(tokens):
+            logits.append(model(torch.tensor([sequence])).logits[0, -1])
+            sequence.append(int(logits[-1].argmax()))
+    return sequence[len(prompt) :], torch.stack(logits)

@@ -1,19 +1,16 @@
 """The same few tokens, greedily, from Hugging Face's implementation and over HTTP."""
 
-import torch
+from transformers import PreTrainedModel
 
+from tests import families
 from tests.e2e.servers import Server
 
 TOKENS = 8
 
 
-def from_model(model: torch.nn.Module, prompt: list[int]) -> list[int]:
+def from_model(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     """What ``model`` goes on with."""
-    with torch.no_grad():
-        sequence = list(prompt)
-        for _ in range(TOKENS):
-            sequence.append(int(model(torch.tensor([sequence])).logits[0, -1].argmax()))
-    return sequence[len(prompt) :]
+    return families.greedy(model, prompt, TOKENS)[0]
 
 
 def from_server(server: Server, prompt: list[int], name: str = "model") -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import families
-from tests.adapters import write_adapter
+from tests.adapters import SCALE, write_adapter
 from tests.e2e import greedy
 from tests.e2e.servers import Server
 
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.engine
 
 PROMPTS = [[5, 6, 7, 8], [40, 41, 42]]
 MODULES = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-SCALE = 2  # lora_alpha / r
 
 
 class Running(NamedTuple):

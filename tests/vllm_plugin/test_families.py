@@ -24,22 +24,12 @@ def answers(references, tmp_path_factory) -> dict[str, dict[str, Answer]]:
     return family_engines.run(tmp_path_factory.mktemp("engines"), requests)
 
 
-def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
-    """Tokens, and the logits [tokens, vocabulary] they were chosen from."""
-    sequence, logits = list(prompt), []
-    with torch.no_grad():
-        for _ in range(tokens):
-            logits.append(model(torch.tensor([sequence])).logits[0, -1])
-            sequence.append(int(logits[-1].argmax()))
-    return sequence[len(prompt) :], torch.stack(logits)
-
-
 @pytest.mark.parametrize("path", ["sparse", "dense"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_greedy_tokens_are_those_of_hugging_face(references, answers, name, path):
     request, answer, model = Request(""), answers[name][path], references[name][1]
     for prompt, tokens, logits in zip(request.prompts, answer.tokens, answer.logits, strict=True):
-        expected_tokens, expected = greedy(model, prompt, request.tokens)
+        expected_tokens, expected = families.greedy(model, prompt, request.tokens)
         assert tokens == expected_tokens
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     rows = sum(map(len, request.prompts)) + len(request.prompts) * (request.tokens - 1)
