@@ -104,9 +104,10 @@ class Admission:
         # A key that had nothing waiting may be first in line even now.
         self._admit()
         try:
-            await waiting.turn
+            # Shielded, since until this task runs again the queue may still give it its turn, or send it away.
+            await asyncio.shield(waiting.turn)
         except asyncio.CancelledError:
-            if waiting.turn.cancelled():
+            if not waiting.turn.done():
                 self._remove(waiting)
                 self._admit()
             elif waiting.turn.exception() is None:

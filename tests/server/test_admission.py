@@ -26,6 +26,12 @@ def queue(clock, *, running=1, **limits) -> Admission:
     return Admission(AdmissionLimits(max_running=running, **limits), clock)
 
 
+async def settle() -> None:
+    """Until every task has heard of what has happened."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
 class Clients:
     """Requests that ask for admission, in order; notes who is given a turn."""
 
@@ -38,8 +44,7 @@ class Clients:
         """Each name is a key's, with anything behind a dash."""
         for name in names:
             self.tasks.append(asyncio.create_task(self._enter(name, work), name=name))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await settle()
 
     async def _enter(self, name: str, work: Work) -> None:
         await self.admission.enter(name.split("-")[0], work)
@@ -48,8 +53,7 @@ class Clients:
     async def leave(self, times: int = 1, work: Work = ONE) -> None:
         for _ in range(times):
             self.admission.leave(work)
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            await settle()
 
     def refused(self) -> list[str]:
         return [task.get_name() for task in self.tasks if task.done() and task.exception() is not None]
@@ -142,28 +146,39 @@ async def test_a_client_that_goes_away_leaves_the_queue(clock):
     clients = Clients(queue(clock))
     await clients.ask("a-1", "a-2", "a-3")
     clients.tasks[1].cancel()
-    await asyncio.sleep(0)
+    await settle()
     assert clients.admission.queued_requests == 1
     await clients.leave()
     assert clients.turns == ["a-1", "a-3"]
 
 
-async def test_a_turn_given_in_the_instant_of_going_away_is_handed_on(clock):
+@pytest.mark.parametrize("turn_first", [True, False])
+async def test_a_turn_given_in_the_instant_of_going_away_is_handed_on(clock, turn_first):
     clients = Clients(queue(clock))
     await clients.ask("a-1", "a-2", "a-3")
-    clients.admission.leave(ONE)
-    clients.tasks[1].cancel()
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    instant = [lambda: clients.admission.leave(ONE), clients.tasks[1].cancel]
+    for event in instant if turn_first else reversed(instant):
+        event()
+    await settle()
     assert clients.turns == ["a-1", "a-3"]
-    assert clients.admission.running_requests == 1
+    assert (clients.admission.running_requests, clients.admission.queued_requests) == (1, 0)
+
+
+async def test_one_that_goes_away_in_the_instant_of_being_sent_away_is_just_gone(clock):
+    clients = Clients(queue(clock))
+    await clients.ask("a-1", "a-2")
+    clients.tasks[1].cancel()
+    clients.admission.refuse_waiting(RefusalError(503, "gone"))
+    await asyncio.wait(clients.tasks)
+    assert clients.tasks[1].cancelled()
+    assert (clients.admission.running_requests, clients.admission.queued_requests) == (1, 0)
 
 
 async def test_everybody_who_waits_can_be_sent_away(clock):
     clients = Clients(queue(clock))
     await clients.ask("a-1", "a-2", "b-1")
     clients.admission.refuse_waiting(RefusalError(503, "gone"))
-    await asyncio.sleep(0)
+    await settle()
     assert clients.refused() == ["a-2", "b-1"]
     assert clients.admission.queued_requests == 0
     await clients.leave()
