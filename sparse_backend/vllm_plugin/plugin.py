@@ -2,9 +2,11 @@
 
 import torch
 from vllm import ModelRegistry
+from vllm.platforms import current_platform
 
 from sparse_backend import hf_configs
 from sparse_backend.families import MODEL_CLASSES
+from sparse_backend.vllm_plugin.waiting import sleep_while_waiting
 
 
 def register() -> None:
@@ -14,6 +16,8 @@ def register() -> None:
     for name in MODEL_CLASSES:
         ModelRegistry.register_model(name, f"sparse_backend.vllm_plugin.models:{name}")
     _allow_amx_tiles()
+    if current_platform.is_cpu():
+        sleep_while_waiting()
 
 
 def _allow_amx_tiles() -> None:

@@ -39,8 +39,9 @@ class Server:
         self._client = httpx.Client(base_url=self.url, timeout=30, headers=self.headers)
         command = [str(PROSPARSE), "serve", str(model), "--port", str(self.port), *flags]
         with log.open("wb") as messages, self.requests_log.open("wb") as requests:
-            # A session of its own, so that a test can signal the whole group as a terminal does.
-            self.process = subprocess.Popen(command, stdout=requests, stderr=messages, start_new_session=True)
+            # A group of its own, so that a test can signal it as a terminal does. Not a session: of sessions that share cores
+            # Linux 6.18 has been seen to let one, the client's, wait for a second.
+            self.process = subprocess.Popen(command, stdout=requests, stderr=messages, process_group=0)
 
     def get(self, path: str) -> httpx.Response:
         """GET one path."""
@@ -121,7 +122,7 @@ class Server:
                 self.process.wait(60)
 
     def processes(self) -> list[int]:
-        """Processes of the server's session that are still there, zombies aside."""
+        """Processes of the server's group that are still there, zombies aside."""
         alive = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -129,8 +130,8 @@ class Server:
                     fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 except (FileNotFoundError, ProcessLookupError):
                     continue
-                state, session = fields[0], int(fields[3])
-                if session == self.process.pid and state != "Z":
+                state, group = fields[0], int(fields[2])
+                if group == self.process.pid and state != "Z":
                     alive.append(int(entry.name))
         return alive
 
