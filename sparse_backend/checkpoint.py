@@ -336,6 +336,6 @@ def _read_manifest(folder: Path) -> Manifest | None:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"{path} is not a manifest of this version: {field}: {first['msg']}. Restore the file the offline job wrote, or"
+            f"{path} is not a manifest of this version: {field!r}: {first['msg']}. Restore the file the offline job wrote, or"
             " delete it to load the folder without one."
         ) from None

@@ -74,7 +74,7 @@ def test_a_name_that_nobody_has_is_refused(running: Running) -> None:
 
 
 def test_layers_that_may_have_an_adapter_are_shown_as_dense(running: Running) -> None:
-    metrics = running.server.metrics()
+    metrics = running.server.metrics_of_now()
     for layer in ("0", "1"):
         assert metrics["sparse_ffn_dense_fallback", frozenset({"layer": layer, "reason": "lora"}.items())] == 1
         assert metrics["sparse_ffn_rows_total", frozenset({"layer": layer, "path": "sparse"}.items())] == 0

@@ -68,7 +68,7 @@ def test_tokens_are_hugging_faces_and_every_row_is_counted_once(running: Running
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         tokens = list(pool.map(lambda prompt: greedy.from_server(running.server, prompt), PROMPTS))
     assert tokens == running.expected
-    metrics = running.server.metrics()
+    metrics = running.server.metrics_of_now()
     rows = sum(map(len, PROMPTS)) + len(PROMPTS) * (greedy.TOKENS - 1)
     for layer in ("0", "1"):
         labels = frozenset({"layer": layer, "path": "sparse"}.items())

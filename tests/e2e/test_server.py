@@ -216,10 +216,11 @@ def test_metrics_show_the_sparsity_of_what_is_generated(server, client):
     finally:
         stop.set()
         load.join(60)
-    for name in ("sparse_ffn_density", "sparse_ffn_union_density"):
+    # Of all traffic in the last seconds, other tests' too: how many rows had a union is not known.
+    for name, most in (("sparse_ffn_density", 0.3), ("sparse_ffn_union_density", 0.6)):
         shown = by_layer(scrapes[-1], name)
         assert set(shown) == layers
-        assert all(0.01 <= value <= 0.3 for value in shown.values()), (name, shown)
+        assert all(0.01 <= value <= most for value in shown.values()), (name, shown)
     for earlier, later in zip([before, *scrapes], scrapes, strict=False):
         for key, value in earlier.items():
             if key[0].startswith("sparse_") and key[0].endswith("_total"):
