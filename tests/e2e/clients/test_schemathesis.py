@@ -15,12 +15,14 @@ SCHEMATHESIS = shutil.which("schemathesis", path=str(Path(sys.executable).parent
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(1500),
+    pytest.mark.timeout(2400),
     pytest.mark.skipif(SCHEMATHESIS is None, reason="schemathesis is installed by `make test-clients`"),
 ]
 
 
 def test_no_request_makes_the_server_fail(guarded: Server, tmp_path: Path) -> None:
+    # One worker: Python 3.11.7 fails when several threads parse at once, as hypothesis does ("AST constructor recursion depth
+    # mismatch", CPython issue 106905).
     command = [
         SCHEMATHESIS,
         "run",
@@ -31,8 +33,6 @@ def test_no_request_makes_the_server_fail(guarded: Server, tmp_path: Path) -> No
         *(
             "--request-timeout",
             "120",
-            "--workers",
-            "6",
             "--suppress-health-check",
             "all",
             "--generation-database",
