@@ -418,8 +418,10 @@ def _children_ignore_interrupt() -> Iterator[None]:
 def kill_engines() -> None:
     """End all engine processes now: those of a starting engine ignore anything milder. ``Engine()`` raises then."""
     for process in multiprocessing.active_children():
-        if process.pid is not None:
-            kill_process_tree(process.pid)
+        # One that ends at this moment need not be killed.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.pid is not None:
+                kill_process_tree(process.pid)
 
 
 def attach(app: FastAPI) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import psutil
 import pytest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -352,6 +353,21 @@ async def test_a_dead_engine_is_a_503(client):
     response = await client.get("/v1/models")
     assert (response.status_code, response.json()["error"]["type"]) == (503, "ServiceUnavailableError")
     assert "retry-after" in response.headers
+
+
+def test_an_engine_that_ends_by_itself_while_all_are_killed_is_no_error(compat, monkeypatch):
+    asked = []
+
+    def kill(pid: int) -> None:
+        asked.append(pid)
+        if pid == 1:
+            raise psutil.NoSuchProcess(pid)
+
+    children = [SimpleNamespace(pid=1), SimpleNamespace(pid=2)]
+    monkeypatch.setattr(compat.multiprocessing, "active_children", lambda: children)
+    monkeypatch.setattr(compat, "kill_process_tree", kill)
+    compat.kill_engines()
+    assert asked == [1, 2]
 
 
 @pytest.mark.parametrize("missing", ["compiler", "Python.h"])
