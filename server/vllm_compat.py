@@ -13,9 +13,10 @@ import shutil
 import signal
 import sysconfig
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from itertools import pairwise
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -45,7 +46,6 @@ from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.gc_utils import freeze_gc_heap
-from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -340,9 +340,7 @@ class Engine:
 
     def kill(self) -> None:
         """End the engine's processes now, also those that are stopped or whose parent is gone; requests get an error."""
-        for process in self._processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        _kill(self._processes)
 
     async def stop(self) -> None:
         """End the engine's processes and leave nothing of them behind; requests still in it get an error."""
@@ -382,10 +380,21 @@ class Engine:
         return cast(list[list[Any]], await client.call_utility_all_async("collective_rpc", method, None, (), None))
 
 
-def _family(processes: list[multiprocessing.Process]) -> list[psutil.Process]:
-    """The processes and all their descendants, known from here on even where a parent dies."""
-    parents = [psutil.Process(process.pid) for process in processes]
-    return [process for parent in parents for process in (*parent.children(recursive=True), parent)]
+def _family(processes: Iterable[BaseProcess]) -> list[psutil.Process]:
+    """The processes that live and all their descendants, known from here on even where a parent dies."""
+    family: list[psutil.Process] = []
+    for pid in (process.pid for process in processes if process.pid is not None):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(pid)
+            family += [*parent.children(recursive=True), parent]
+    return family
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    """End them; one that ends by itself meanwhile is no error."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _shared_memory(processes: list[psutil.Process]) -> set[Path]:
@@ -417,11 +426,7 @@ def _children_ignore_interrupt() -> Iterator[None]:
 
 def kill_engines() -> None:
     """End all engine processes now: those of a starting engine ignore anything milder. ``Engine()`` raises then."""
-    for process in multiprocessing.active_children():
-        # One that ends at this moment need not be killed.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.pid is not None:
-                kill_process_tree(process.pid)
+    _kill(_family(multiprocessing.active_children()))
 
 
 def attach(app: FastAPI) -> None:

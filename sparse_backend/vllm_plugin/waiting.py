@@ -5,7 +5,7 @@ import time
 
 from vllm.distributed.device_communicators import shm_broadcast
 
-# Seconds of one sleep. Decoding is as fast as with vLLM's loop; with 50 µs one row was 4 % slower (demo model, two cores).
+# Seconds of one sleep. Measured beside vLLM's loop and longer sleeps: docs/results/trust-2026-11-27.md.
 _SLEEP = 10e-6
 # linux/prctl.h; nanoseconds. By default the kernel makes each sleep up to 50 µs longer.
 _PR_SET_TIMERSLACK = 29
@@ -17,7 +17,7 @@ def sleep_while_waiting() -> None:
 
     vLLM calls ``sched_yield`` in a loop for up to a second after each message. On a GPU machine that costs a spare core. On a
     CPU the cores are those that compute, and Linux 6.18 lets such a loop keep processes of other sessions from running: a
-    client on the same two cores got no time for up to five seconds, and a step of eight rows took up to four times as long.
+    client on the same two cores got no time for up to five seconds.
     """
     # Of this thread and all that it starts later. A kernel that does not know it sleeps a little longer.
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _SLACK, 0, 0, 0)

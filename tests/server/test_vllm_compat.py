@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,18 +358,19 @@ async def test_a_dead_engine_is_a_503(client):
 
 
 def test_an_engine_that_ends_by_itself_while_all_are_killed_is_no_error(compat, monkeypatch):
-    asked = []
+    first, second = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
 
-    def kill(pid: int) -> None:
-        asked.append(pid)
-        if pid == 1:
-            raise psutil.NoSuchProcess(pid)
+    def children(process: psutil.Process, recursive: bool) -> list[psutil.Process]:
+        # The first is listed by now, and not killed yet.
+        if process.pid == second.pid:
+            first.terminate()
+            first.wait(10)
+        return []
 
-    children = [SimpleNamespace(pid=1), SimpleNamespace(pid=2)]
-    monkeypatch.setattr(compat.multiprocessing, "active_children", lambda: children)
-    monkeypatch.setattr(compat, "kill_process_tree", kill)
+    monkeypatch.setattr(psutil.Process, "children", children)
+    monkeypatch.setattr(compat.multiprocessing, "active_children", lambda: [first, second])
     compat.kill_engines()
-    assert asked == [1, 2]
+    assert (first.returncode, second.wait(10)) == (-signal.SIGTERM, -signal.SIGKILL)
 
 
 @pytest.mark.parametrize("missing", ["compiler", "Python.h"])

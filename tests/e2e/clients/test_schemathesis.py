@@ -15,7 +15,7 @@ SCHEMATHESIS = shutil.which("schemathesis", path=str(Path(sys.executable).parent
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(2400),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(SCHEMATHESIS is None, reason="schemathesis is installed by `make test-clients`"),
 ]
 
