@@ -6,6 +6,7 @@
 namespace prosparse::cuda {
 
 constexpr int kShareThreads = 128;
+constexpr int kShareBlocks = 16;  // as many as a multiprocessor takes: 32 registers each thread
 
 struct AddSharesArguments {
   const float* shares;  // [count, rows, d_model]
@@ -16,9 +17,9 @@ struct AddSharesArguments {
 };
 
 // In a fixed order. A block takes 4 kLanes columns of a row: few for few rows, so that there are enough blocks. They are small
-// enough to wait in place beside those of the kernel before.
+// enough to wait in place beside those of the kernel before, and of the one behind.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kShareThreads) add_shares_kernel(const AddSharesArguments arguments) {
+__global__ void __launch_bounds__(kShareThreads, kShareBlocks) add_shares_kernel(const AddSharesArguments arguments) {
   constexpr int kParts = kShareThreads / kLanes;
   __shared__ float4 sums[kParts][kLanes];
   const int column = (blockIdx.x * kLanes + threadIdx.x % kLanes) * 4;

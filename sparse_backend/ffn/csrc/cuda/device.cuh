@@ -63,9 +63,14 @@ __device__ __forceinline__ Chunk load_shared(uint32_t address) {
   return chunk;
 }
 
-// Copies a chunk to shared memory without waiting, past L1; zeros instead where there is nothing to read.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool exists = true) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
+// Copies a chunk of weights to shared memory without waiting, past L1; zeros instead where there is nothing to read. A call reads
+// each weight once: it is the first to leave L2 again, ahead of what is passed on through it.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool exists) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+               "r"(exists ? 16 : 0), "l"(policy)
+               : "memory");
 }
 __device__ __forceinline__ void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kPending of this thread's latest groups are under way.

@@ -49,10 +49,17 @@ cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared
 template <typename T, int kRowTiles, int kLines>
 cudaError_t launch_gate_up_lines(const Plan& plan, const GateUpArguments& arguments, cudaStream_t stream) {
   constexpr int kDeep = kLines > 0 ? std::min(kDeepAhead, kLines) : kDeepAhead;
-  const auto kernel = plan.ahead == kDeepAhead ? gate_up_kernel<T, kLines, kRowTiles, kDeep>
-                                               : gate_up_kernel<T, kLines, kRowTiles, kShallowAhead>;
-  return launch(kernel, dim3(arguments.passes.blocks), kGateUpThreads,
-                gate_up_shared_memory(plan.ahead, kLines, arguments.rows, arguments.d_model), stream, arguments);
+  auto kernel = plan.ahead == kDeepAhead ? gate_up_kernel<T, kLines, kRowTiles, kDeep>
+                                         : gate_up_kernel<T, kLines, kRowTiles, kShallowAhead>;
+  int shared_memory = gate_up_shared_memory(plan.ahead, kLines, arguments.rows, arguments.d_model);
+  if constexpr (kRowTiles == 1 && kLines > 0 && kLines <= kMostLinesWithDown) {
+    if (plan.down_in_first && !arguments.gates) {
+      kernel = plan.ahead == kDeepAhead ? gate_up_kernel<T, kLines, kRowTiles, kDeep, true>
+                                        : gate_up_kernel<T, kLines, kRowTiles, kShallowAhead, true>;
+      shared_memory += h_bytes(plan.passes.per_block);
+    }
+  }
+  return launch(kernel, dim3(arguments.passes.blocks), kGateUpThreads, shared_memory, stream, arguments);
 }
 
 template <typename T, int kRowTiles>
@@ -78,17 +85,18 @@ cudaError_t launch_down(const Plan& plan, const DownArguments& arguments, cudaSt
 }
 
 template <typename T>
-cudaError_t launch_add_shares(const AddSharesArguments& arguments, cudaStream_t stream) {
-  // A warp reads 512 bytes of a share side by side; 128 where that would make too few blocks.
-  const int lanes = arguments.d_model * arguments.rows < 4096 ? 8 : 32;
-  const dim3 grid(ceil_div(arguments.d_model, 4 * lanes), arguments.rows);
-  return launch(lanes == 8 ? add_shares_kernel<T, 8> : add_shares_kernel<T, 32>, grid, kShareThreads, 0, stream, arguments);
+cudaError_t launch_add_shares(const Plan& plan, const AddSharesArguments& arguments, cudaStream_t stream) {
+  const dim3 grid(ceil_div(arguments.d_model, 4 * plan.share_lanes), arguments.rows);
+  switch (plan.share_lanes) {
+    case kFewestLanes: return launch(add_shares_kernel<T, kFewestLanes>, grid, kShareThreads, 0, stream, arguments);
+    case kFewLanes: return launch(add_shares_kernel<T, kFewLanes>, grid, kShareThreads, 0, stream, arguments);
+    default: return launch(add_shares_kernel<T, kManyLanes>, grid, kShareThreads, 0, stream, arguments);
+  }
 }
 
 struct Call {
   Shape shape;
   GateUpArguments first;
-  const void* down_t;
   void* y;  // null for gate values only
   void* workspace;
   cudaStream_t stream;
@@ -104,13 +112,13 @@ cudaError_t run(const Card& card, Call call) {
 
   char* const base = static_cast<char*>(call.workspace);
   float* const shares = reinterpret_cast<float*>(base + plan.shares);
-  first.masks = reinterpret_cast<uint32_t*>(base + plan.masks), first.h = base + plan.h;
-  const DownArguments second{first.masks,          first.h,    call.down_t,  shares, plan.passes,
+  first.masks = reinterpret_cast<uint32_t*>(base + plan.masks), first.h = base + plan.h, first.shares = shares;
+  const DownArguments second{first.masks,          first.h,    first.down_t, shares, plan.passes,
                              plan.neuron_capacity, first.rows, first.d_model};
-  const AddSharesArguments third{shares, call.y, plan.splits, first.rows, first.d_model};
+  const AddSharesArguments third{shares, call.y, plan.share_count, first.rows, first.d_model};
   PROSPARSE_TRY((launch_gate_up<T, kRowTiles>(plan, first, call.stream)));
-  PROSPARSE_TRY((launch_down<T, kRowTiles>(plan, second, call.stream)));
-  return launch_add_shares<T>(third, call.stream);
+  if (!plan.down_in_first) PROSPARSE_TRY((launch_down<T, kRowTiles>(plan, second, call.stream)));
+  return launch_add_shares<T>(plan, third, call.stream);
 }
 
 cudaError_t run(Dtype dtype, const Call& call) {
@@ -138,15 +146,15 @@ size_t sparse_ffn_workspace(Dtype, const Shape& shape) {
 cudaError_t launch_sparse_ffn(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, const void* down_t,
                               float threshold, bool drelu, const bool* is_padding, void* y, int64_t* counters, int32_t* row_active,
                               void* workspace, cudaStream_t stream) {
-  Call call{shape, {}, down_t, y, workspace, stream};
-  call.first.x = x, call.first.gate_up = gate_up, call.first.is_padding = is_padding;
+  Call call{shape, {}, y, workspace, stream};
+  call.first.x = x, call.first.gate_up = gate_up, call.first.down_t = down_t, call.first.is_padding = is_padding;
   call.first.counters = counters, call.first.row_active = row_active;
   call.first.threshold = threshold, call.first.drelu = drelu;
   return run(dtype, call);
 }
 
 cudaError_t launch_gate(Dtype dtype, const Shape& shape, const void* x, const void* gate_up, float* gates, cudaStream_t stream) {
-  Call call{shape, {}, nullptr, nullptr, nullptr, stream};
+  Call call{shape, {}, nullptr, nullptr, stream};
   call.first.x = x, call.first.gate_up = gate_up, call.first.gates = gates;
   return run(dtype, call);
 }
