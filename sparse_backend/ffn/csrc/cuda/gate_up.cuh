@@ -1,4 +1,4 @@
-// The first kernel: gate values of all neurons, then up values of those that at least one row activates; for very few rows also
+// The first kernel: gate values of all neurons, then up values of those that at least one row activates; for a few rows also
 // what the block's neurons contribute to y.
 //
 // A block, one per multiprocessor, works in passes of up to 16 weight rows: the gate rows of its next neurons or, once enough
@@ -13,7 +13,7 @@
 //
 // Where the down rows are left to the second kernel, its blocks divide them evenly, but its start costs 2 µs. Where they follow in
 // this one, they are on their way while the last up values are computed; y is then a sum over all blocks, more of them than the
-// second kernel has, and each row of it costs as much again: it pays for one or two (plan.cuh).
+// second kernel has, and each row of it costs as much again: it pays for a few, of a wide model for one or two (plan.cuh).
 //
 // With dReLU only the up value tells whether a neuron is active: what the second kernel waits for, the masks, grows with the up
 // passes, and is complete for a gate pass when the up pass with the last of its neurons has ended.

@@ -1,4 +1,4 @@
-// Launches the three kernels of the sparse path: gate and up, down, and the sum over the down kernel's blocks.
+// Launches the kernels of the sparse path: gate and up, down unless the first one has that too, and the sum over blocks.
 #include <algorithm>
 #include <array>
 #include <mutex>
@@ -13,7 +13,7 @@
 namespace prosparse::cuda {
 namespace {
 
-// Percent of the most shared memory a multiprocessor can have, the same for all three kernels: one that wants another division
+// Percent of the most shared memory a multiprocessor can have, the same for all of them: one that wants another division
 // waits until the kernel before has ended.
 constexpr int kSharedMemoryCarveout = 100;
 
