@@ -6,7 +6,7 @@ from vllm.platforms import current_platform
 
 from sparse_backend import hf_configs
 from sparse_backend.families import MODEL_CLASSES
-from sparse_backend.vllm_plugin.waiting import sleep_while_waiting
+from sparse_backend.vllm_plugin.waiting import forget_notifications, sleep_while_waiting
 
 
 def register() -> None:
@@ -16,6 +16,7 @@ def register() -> None:
     for name in MODEL_CLASSES:
         ModelRegistry.register_model(name, f"sparse_backend.vllm_plugin.models:{name}")
     _allow_amx_tiles()
+    forget_notifications()
     if current_platform.is_cpu():
         sleep_while_waiting()
 

@@ -67,7 +67,9 @@ async def soak(server: Server, seconds: float, interval: float) -> tuple[list[di
         samples.append(server.memory())
         if ended := began_with - set(server.processes()):
             lines = "\n".join(server.log.read_text().splitlines()[-20:])
-            sys.exit(f"{len(ended)} processes ended after {interval * len(samples):.0f} s. The last lines of the log:\n{lines}")
+            sys.exit(
+                f"{len(ended)} processes ended after {interval * len(samples):.0f} s. The last lines of the log:\n{lines}"
+            )
         await asyncio.to_thread(server.get, "/metrics")
     await asyncio.gather(*clients)
     return samples, counts

@@ -1,3 +1,5 @@
+import ctypes
+import gc
 import resource
 import threading
 import time
@@ -49,3 +51,53 @@ def test_a_message_is_read_while_it_is_fresh(reader):
     assert queue.dequeue(timeout=5) == "second"
     assert time.monotonic() - written[0] < 0.1
     thread.join(10)
+
+
+class _Memory(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def in_use() -> int:
+    """Bytes that malloc has given out, in all threads."""
+    gc.collect()
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Memory
+    return mallinfo2().uordblks
+
+
+def test_a_reader_that_never_rests_keeps_no_memory(reader, monkeypatch):
+    """24 to 40 bytes for each message, before."""
+    queue, writer = reader
+    monkeypatch.setattr(shm_broadcast.SpinCondition, "record_read", shm_broadcast.SpinCondition.record_read)
+    waiting.forget_notifications()
+
+    def pass_messages(seconds: float) -> int:
+        passed, end = 0, time.monotonic() + seconds
+        while time.monotonic() < end:
+            writer.enqueue(passed)
+            assert queue.dequeue(timeout=5) == passed
+            passed += 1
+            time.sleep(0.001)  # ZeroMQ's thread is told of each
+        return passed
+
+    pass_messages(2)
+    before = in_use()
+    passed = pass_messages(4)
+    assert passed > 1000
+    assert in_use() - before < 5 * passed, passed
