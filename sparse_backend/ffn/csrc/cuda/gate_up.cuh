@@ -174,12 +174,15 @@ __global__ void PROSPARSE_GATE_UP_BOUNDS(kDown) gate_up_kernel(const GateUpArgum
     }
     return result;
   };
-  const auto up_rows = [&](const Pass& pass) -> Rows {
-    Rows result{static_cast<const Chunk*>(arguments.gate_up) + static_cast<int64_t>(d_ff) * row_chunks, {}};
-    const int first_chunk = lane < pass.count ? queue_neuron[(pass.first + lane) % kQueue] * row_chunks : -1;
+  const auto gathered_rows = [&](const Chunk* matrix, int first_chunk) -> Rows {  // lane i has the first chunk of row i
+    Rows result{matrix, {}};
 #pragma unroll
     for (int i = 0; i < 4; ++i) result.first_chunk[i] = __shfl_sync(kAllLanes, first_chunk, copied_row + 4 * i);
     return result;
+  };
+  const auto up_rows = [&](const Pass& pass) -> Rows {
+    return gathered_rows(static_cast<const Chunk*>(arguments.gate_up) + static_cast<int64_t>(d_ff) * row_chunks,
+                         lane < pass.count ? queue_neuron[(pass.first + lane) % kQueue] * row_chunks : -1);
   };
   // The place of neuron `number` of those that have an h.
   const auto down_place = [&](int number) {
@@ -193,15 +196,12 @@ __global__ void PROSPARSE_GATE_UP_BOUNDS(kDown) gate_up_kernel(const GateUpArgum
     return pass * kPassRows + __ffs(mask) - 1;
   };
   const auto down_rows = [&](const Pass& pass) -> Rows {
-    Rows result{static_cast<const Chunk*>(arguments.down_t), {}};
     int first_chunk = -1;
     if (lane < pass.count) {
       const int place = down_place(pass.first + lane);
       first_chunk = (passes.first_neuron(place / kPassRows * passes.blocks + blockIdx.x) + place % kPassRows) * row_chunks;
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result.first_chunk[i] = __shfl_sync(kAllLanes, first_chunk, copied_row + 4 * i);
-    return result;
+    return gathered_rows(static_cast<const Chunk*>(arguments.down_t), first_chunk);
   };
   const auto rows_of = [&](const Pass& pass) -> Rows {
     if (kDown && pass.weights == Weights::kOfDown) return down_rows(pass);
@@ -230,6 +230,16 @@ __global__ void PROSPARSE_GATE_UP_BOUNDS(kDown) gate_up_kernel(const GateUpArgum
   Rows current_rows = gate_rows(current);
 #pragma unroll
   for (int line = 0; line < kAhead; ++line) request(current_rows, line);
+  // The stage with a memory line of the current pass, once it is there; a line further on is requested meanwhile.
+  const auto next_line = [&](int line, const Rows& next_rows) -> uint32_t {
+    wait_for_copies<kAhead - 1>();
+    __syncwarp();
+    // The oldest stage is the next one but one to be requested; what takes the place of the one before it comes first.
+    const int oldest = next_stage == kStages - 1 ? 0 : next_stage + 1;
+    const bool same_pass = line + kAhead < lines;
+    request(same_pass ? current_rows : next_rows, same_pass ? line + kAhead : line + kAhead - lines);
+    return ring + oldest * kStageBytes;
+  };
 
   if (threadIdx.x == 0) queue_tail = 0, wanted = 0, counted_union = 0;
   if (threadIdx.x < kColumns) counted_active[threadIdx.x] = 0;
@@ -283,13 +293,7 @@ __global__ void PROSPARSE_GATE_UP_BOUNDS(kDown) gate_up_kernel(const GateUpArgum
     const Rows next_rows = rows_of(next);
     float sums[kRowTiles][4] = {};
     const auto multiply = [&](int line) {
-      wait_for_copies<kAhead - 1>();
-      __syncwarp();
-      // The oldest stage is the next one but one to be requested; what takes the place of the one before it comes first.
-      const int oldest = next_stage == kStages - 1 ? 0 : next_stage + 1;
-      const bool same_pass = line + kAhead < lines;
-      request(same_pass ? current_rows : next_rows, same_pass ? line + kAhead : line + kAhead - lines);
-      const uint32_t row_g = ring + oldest * kStageBytes + g * kLineBytes + (t ^ swizzle(g)) * 16;
+      const uint32_t row_g = next_line(line, next_rows) + g * kLineBytes + (t ^ swizzle(g)) * 16;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Chunk low = load_shared(row_g ^ (half * 64)), high = load_shared((row_g ^ (half * 64)) + 8 * kLineBytes);
@@ -444,16 +448,12 @@ __global__ void PROSPARSE_GATE_UP_BOUNDS(kDown) gate_up_kernel(const GateUpArgum
       load_transposed(b, shared_address(block_h + place * kColumns));
 #pragma unroll
       for (int line = 0; line < kLines; ++line) {
-        wait_for_copies<kAhead - 1>();
-        __syncwarp();
-        const int oldest = next_stage == kStages - 1 ? 0 : next_stage + 1;
-        const bool same_pass = line + kAhead < kLines;
-        request(same_pass ? current_rows : next_rows, same_pass ? line + kAhead : line + kAhead - kLines);
+        const uint32_t stage = next_line(line, next_rows);
 #pragma unroll
         for (int i = 0; i < kLine / 16; ++i) {
           const int row = lane % 8 + lane / 16 * 8, chunk = 2 * i + lane / 8 % 2;
           uint32_t a[4];
-          load_transposed(a, ring + oldest * kStageBytes + row * kLineBytes + (chunk ^ swizzle(row)) * 16);
+          load_transposed(a, stage + row * kLineBytes + (chunk ^ swizzle(row)) * 16);
           mma<T>(sums[line][i], a[0], a[1], a[2], a[3], b[0], b[1]);
         }
       }
