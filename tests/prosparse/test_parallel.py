@@ -19,11 +19,17 @@ NAMES = ["a", "b", "bad", "c", "d", "e"]
 
 
 def note(folder: Path, name: str) -> None:
-    """Leave a file with the process' id; wait a little, so that no process takes all names."""
+    """Leave a file with the process' id."""
+    (folder / name).write_text(str(os.getpid()))
+
+
+def note_together(folder: Path, name: str) -> None:
+    """Note, but fail with one name, and with the first one wait for the second: that is left to the other process."""
     if name == "bad":
         raise UserError("bad is bad")
-    (folder / name).write_text(str(os.getpid()))
-    time.sleep(0.2)
+    note(folder, name)
+    if name == "a":
+        _once((folder / "b").is_file)
 
 
 def wait_for_ever(folder: Path, name: str) -> None:
@@ -33,7 +39,7 @@ def wait_for_ever(folder: Path, name: str) -> None:
 
 def test_every_name_is_taken_once_and_a_failure_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="1 of 2 processes failed"):
-        side_by_side(partial(note, tmp_path), NAMES, processes=2)
+        side_by_side(partial(note_together, tmp_path), NAMES, processes=2)
     assert "prosparse: error: bad is bad" in capfd.readouterr().err
     done = {path.name: int(path.read_text()) for path in tmp_path.iterdir()}
     assert sorted(done) == ["a", "b", "c", "d", "e"]
