@@ -29,17 +29,23 @@ class DrainRate:
 
     def count(self) -> None:
         """One request came to its end."""
-        self._ends.append(self._clock())
+        now = self._clock()
+        self._ends.append(now)
+        # Here too: a server that is never asked would keep them all.
+        self._forget_before(now - _WINDOW)
 
     def seconds_for(self, requests: int) -> float:
         """How long so many requests will take, from 1 to ``_LONGEST_WAIT``; ``RETRY_AFTER`` if none ended lately."""
         now = self._clock()
-        while self._ends and self._ends[0] < now - _WINDOW:
-            self._ends.popleft()
+        self._forget_before(now - _WINDOW)
         if not self._ends:
             return RETRY_AFTER
         elapsed = max(now - self._ends[0], 1.0)
         return min(max(1.0, math.ceil(requests * elapsed / len(self._ends))), _LONGEST_WAIT)
+
+    def _forget_before(self, moment: float) -> None:
+        while self._ends and self._ends[0] < moment:
+            self._ends.popleft()
 
 
 @dataclass(eq=False)

@@ -171,6 +171,10 @@ def _set_cpu_defaults(arguments: Namespace) -> None:
     # vLLM 0.32 cannot load the ahead-of-time artifacts that it writes on a CPU: it compiles again, with a warning.
     # Without them, later starts find the inductor's own cache.
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+    # oneDNN, and torch in front of it, keep a compiled product for each number of tokens that a step had, a megabyte in all, and
+    # 1024 products each. As many as this are as fast: docs/results/trust-2026-11-27.md.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "128")
     if not arguments.enforce_eager and not _can_compile():
         say("no C++ compiler or no Python.h (python3-dev): the model runs uncompiled, which is slower")
         arguments.enforce_eager = True

@@ -4,8 +4,9 @@
     prosparse bench batching --synthetic 7b --trace mix,chat --load 0.6,0.9,1.2 --itl-slo-ms 50 --ttft-slo-ms 2000
 
 Every policy is given the same requests at the same moments. Loads are in units of the capacity of the first policy given: the
-requests per second that it finishes when there are always enough of them. On a machine with several GPUs each policy has one, and
-they are replayed at the same time; otherwise they go one after another.
+requests per second that it finishes when there are always enough of them. With --clients requests have no times of their own:
+so many clients ask anew whenever they have their answers. On a machine with several GPUs each policy has one, and they are
+replayed at the same time; otherwise they go one after another.
 """
 
 import argparse
@@ -18,13 +19,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sparse_backend.bench.arguments import positive_int
+from sparse_backend.bench.arguments import positive_int, positive_ints
 from sparse_backend.bench.batching_replays import (
     PLACEMENTS,
     POLICIES,
     BatchingReport,
     Plan,
     Prompts,
+    Replay,
     densities,
     measure,
 )
@@ -63,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--replicas", type=positive_int, default=2, help="with --placement (default 2)")
     parser.add_argument("--load", default="0.6,0.9,1.2", metavar="L,L", help="shares of capacity (default 0.6,0.9,1.2)")
+    parser.add_argument(
+        "--clients",
+        type=positive_ints,
+        default=[],
+        metavar="N,N",
+        help="in place of --load: so many, each with one request at a time",
+    )
     parser.add_argument(
         "--rate", type=float, metavar="R", help="requests per second at load 1, in place of measuring it"
     )
@@ -119,6 +128,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         replicas=arguments.replicas,
         traces={name: Trace.load(name) for name in arguments.trace.split(",")},
         loads=loads,
+        clients=arguments.clients,
         rate=arguments.rate,
         seconds=arguments.seconds,
         saturate_s=arguments.saturate,
@@ -177,7 +187,7 @@ def _print(report: BatchingReport) -> None:
             whole = name == "all"
             table.add_row(
                 result["trace"] if whole else "",
-                f"{result['load']:g}" if whole else "",
+                _load(result) if whole else "",
                 result["policy"] if whole else "",
                 name,
                 f"{times['requests']}",
@@ -190,3 +200,7 @@ def _print(report: BatchingReport) -> None:
                 ", ".join(f"{path} {error:.1%}" for path, error in result["cost_error"].items()) if whole else "",
             )
     console.print(table)
+
+
+def _load(result: Replay) -> str:
+    return f"{result['clients']} clients" if result["load"] is None else f"{result['load']:g}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import random
 import time
@@ -52,9 +53,12 @@ class Replay(TypedDict):
 
     policy: str
     trace: str
-    load: float
-    rate: float
-    """Requests per second."""
+    load: float | None
+    """Share of capacity; None with ``clients``."""
+    rate: float | None
+    """Requests per second; None with ``clients``."""
+    clients: int | None
+    """So many, each of which asks anew when it has its answer; None where requests come at their own times."""
     cost_error: dict[str, float]
     """Median relative error of the predicted step times at the end of the replay, by path."""
     decisions: dict[str, float]
@@ -86,6 +90,8 @@ class Plan:
     replicas: int
     traces: dict[str, Trace]
     loads: list[float]
+    clients: list[int]
+    """In place of ``loads``, if there are any."""
     rate: float | None
     seconds: float
     saturate_s: float
@@ -94,6 +100,23 @@ class Plan:
     objectives: Objectives
     settings: list[str]
     vllm_flags: list[str]
+
+
+@dataclass(frozen=True)
+class _Traffic:
+    """What a replay sends: ``rate`` requests per second, or as many as ``clients`` get answered."""
+
+    trace: str
+    load: float | None = None
+    rate: float | None = None
+    clients: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.trace}, {self.clients} clients" if self.load is None else f"{self.trace} at {self.load:g}"
+
+
+_Task = Callable[[list[str], str], list[Outcome]]
+"""What a process is to do with the servers' addresses and the model's name."""
 
 
 def densities(plan: Plan) -> dict[str, float]:
@@ -169,28 +192,17 @@ def _measure_policies(
     """Replay under some policies at the same time."""
     with _servers(checkpoint, plan, logs, policies) as servers, _pool(len(servers)) as pool:
         for name, trace in plan.traces.items():
-            if name not in report["capacity"]:
+            if not plan.clients and name not in report["capacity"]:
                 warm_up = prompts.of(trace, 1.0, _SATURATION_REQUESTS, "saturation")
-                saturated = [
-                    pool.submit(
-                        _saturate, [server.url], server.model, OneServer(), warm_up, plan.at_once, plan.saturate_s
-                    )
-                    for server in servers
-                ]
-                rates = [_finished_per_s(future.result(), plan.saturate_s) for future in saturated]
+                task = functools.partial(_saturate, OneServer(), warm_up, plan.at_once, plan.saturate_s)
+                rates = [_finished_per_s(outcomes, plan.saturate_s) for outcomes in _at_once(pool, servers, task)]
                 report["capacity"][name] = rates[0]
                 _say(f"{name}: at capacity {', '.join(f'{p} {r:.2f}/s' for p, r in zip(policies, rates, strict=True))}")
-            for load in plan.loads:
-                rate = report["capacity"][name] * load
-                count = max(_LEAST_REQUESTS, round(rate * plan.seconds))
-                requests = prompts.of(trace, rate, count, f"load {load}")
-                replays = [
-                    pool.submit(_replay, [server.url], server.model, OneServer(), requests) for server in servers
-                ]
-                for policy, server, future in zip(policies, servers, replays, strict=True):
-                    result = _result(policy, name, load, rate, future.result(), [server], plan)
-                    report["replays"].append(result)
-                    _say(_line(result))
+            for traffic in _traffic(plan, name, report["capacity"].get(name)):
+                replays = _at_once(pool, servers, _task(prompts, trace, traffic, OneServer(), plan))
+                for policy, server, outcomes in zip(policies, servers, replays, strict=True):
+                    report["replays"].append(_result(policy, traffic, outcomes, [server], plan))
+                    _say(_line(report["replays"][-1]))
                 yield report
 
 
@@ -205,22 +217,42 @@ def _measure_placements(
     with _servers(checkpoint, plan, logs, plan.policies[:1] * plan.replicas) as servers, _pool(1) as pool:
         urls, model = [server.url for server in servers], servers[0].model
         for name, trace in plan.traces.items():
-            if name not in report["capacity"]:
+            if not plan.clients and name not in report["capacity"]:
                 warm_up = prompts.of(trace, 1.0, _SATURATION_REQUESTS, "saturation")
                 at_once = plan.at_once * plan.replicas
-                saturated = pool.submit(_saturate, urls, model, Even(plan.replicas), warm_up, at_once, plan.saturate_s)
+                saturated = pool.submit(_saturate, Even(plan.replicas), warm_up, at_once, plan.saturate_s, urls, model)
                 report["capacity"][name] = _finished_per_s(saturated.result(), plan.saturate_s)
                 _say(f"{name}: at capacity {report['capacity'][name]:.2f}/s")
-            for load in plan.loads:
-                rate = report["capacity"][name] * load
-                count = max(_LEAST_REQUESTS, round(rate * plan.seconds))
+            for traffic in _traffic(plan, name, report["capacity"].get(name)):
                 for placement in plan.placements:
-                    requests = prompts.of(trace, rate, count, f"load {load} {placement}")
-                    outcomes = pool.submit(_replay, urls, model, routers[placement](), requests).result()
-                    result = _result(f"{plan.policies[0]}, {placement}", name, load, rate, outcomes, servers, plan)
-                    report["replays"].append(result)
-                    _say(_line(result))
+                    task = _task(prompts, trace, traffic, routers[placement](), plan, placement)
+                    outcomes = pool.submit(task, urls, model).result()
+                    policy = f"{plan.policies[0]}, {placement}"
+                    report["replays"].append(_result(policy, traffic, outcomes, servers, plan))
+                    _say(_line(report["replays"][-1]))
                     yield report
+
+
+def _traffic(plan: Plan, trace: str, capacity: float | None) -> Iterator[_Traffic]:
+    if plan.clients:
+        yield from (_Traffic(trace, clients=clients) for clients in plan.clients)
+    elif capacity is not None:
+        yield from (_Traffic(trace, load=load, rate=capacity * load) for load in plan.loads)
+
+
+def _task(prompts: Prompts, trace: Trace, traffic: _Traffic, router: Router, plan: Plan, placement: str = "") -> _Task:
+    # Placements go to the same servers in turn: to each its own tokens, or the prefix cache would have them.
+    if traffic.rate is None:
+        requests = prompts.of(trace, 1.0, _SATURATION_REQUESTS, f"clients {traffic.clients} {placement}")
+        return functools.partial(_saturate, router, requests, traffic.clients or 1, plan.seconds)
+    count = max(_LEAST_REQUESTS, round(traffic.rate * plan.seconds))
+    requests = prompts.of(trace, traffic.rate, count, f"load {traffic.load} {placement}")
+    return functools.partial(_replay, router, requests)
+
+
+def _at_once(pool: ProcessPoolExecutor, servers: Sequence[ServerProcess], task: _Task) -> list[list[Outcome]]:
+    running = [pool.submit(task, [server.url], server.model) for server in servers]
+    return [future.result() for future in running]
 
 
 @contextlib.contextmanager
@@ -265,12 +297,12 @@ def _visible_gpu(index: int) -> dict[str, str]:
 
 
 def _saturate(
-    urls: list[str], model: str, router: Router, prompts: list[Prompt], at_once: int, seconds: float
+    router: Router, prompts: list[Prompt], at_once: int, seconds: float, urls: list[str], model: str
 ) -> list[Outcome]:
     return asyncio.run(Client(urls, model, router).saturate(prompts, at_once, seconds))
 
 
-def _replay(urls: list[str], model: str, router: Router, prompts: list[Prompt]) -> list[Outcome]:
+def _replay(router: Router, prompts: list[Prompt], urls: list[str], model: str) -> list[Outcome]:
     return asyncio.run(Client(urls, model, router).replay(prompts))
 
 
@@ -290,9 +322,7 @@ def _finished_per_s(outcomes: Sequence[Outcome], seconds: float) -> float:
 
 def _result(
     policy: str,
-    trace: str,
-    load: float,
-    rate: float,
+    traffic: _Traffic,
     outcomes: Sequence[Outcome],
     servers: Sequence[ServerProcess],
     plan: Plan,
@@ -300,9 +330,10 @@ def _result(
     metrics = _read_metrics(replay.metrics(servers[0].url))
     return {
         "policy": policy,
-        "trace": trace,
-        "load": load,
-        "rate": rate,
+        "trace": traffic.trace,
+        "load": traffic.load,
+        "rate": traffic.rate,
+        "clients": traffic.clients,
         "cost_error": metrics["cost_error"],
         "decisions": metrics["decisions"],
         "fallbacks": metrics["fallbacks"],
@@ -330,10 +361,12 @@ def _say(line: str) -> None:
 
 
 def _line(result: Replay) -> str:
+    traffic = _Traffic(result["trace"], result["load"], clients=result["clients"])
     summary, errors = result["summary"], result["cost_error"]
+    times = summary["all"]
     return (
-        f"{result['trace']} at {result['load']:g}, {result['policy']}: goodput {summary['goodput']:.3f}/s"
-        f" ({summary['all']['good']:.0%}), {summary['tokens_s']:.0f} tokens/s, TTFT p99 {summary['all']['ttft_p99_ms']:.0f} ms,"
-        f" ITL p50 {summary['all']['itl_p50_ms']:.1f} p99 {summary['all']['itl_p99_ms']:.1f} ms, cost error"
+        f"{traffic}, {result['policy']}: goodput {summary['goodput']:.3f}/s ({times['good']:.0%}),"
+        f" {summary['tokens_s']:.0f} tokens/s, TTFT p99 {times['ttft_p99_ms']:.0f} ms,"
+        f" ITL p50 {times['itl_p50_ms']:.1f} p99 {times['itl_p99_ms']:.1f} ms, cost error"
         f" {', '.join(f'{path} {error:.1%}' for path, error in errors.items())}"
     )

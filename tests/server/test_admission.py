@@ -1,4 +1,5 @@
 import asyncio
+import tracemalloc
 
 import pytest
 
@@ -194,3 +195,20 @@ def test_the_drain_rate_forgets(clock):
     assert rate.seconds_for(1000) == 120
     clock.now += 60
     assert rate.seconds_for(3) == RETRY_AFTER
+
+
+def test_the_drain_rate_keeps_no_more_than_its_window_where_nobody_asks_for_it(clock):
+    rate = DrainRate(clock)
+
+    def memory_of(seconds: int) -> int:
+        tracemalloc.start()
+        for _ in range(100 * seconds):
+            clock.now += 0.01
+            rate.count()
+        size, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return size
+
+    memory_of(60)
+    assert memory_of(600) < 100_000
+    assert rate.seconds_for(100) == 1

@@ -106,6 +106,15 @@ def test_cpu_workers_share_the_cores_out(compat, folder, monkeypatch, flags, bou
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "5"
 
 
+def test_products_kept_for_numbers_of_tokens_are_bounded_on_a_cpu(compat, folder, monkeypatch):
+    monkeypatch.setattr(compat, "_can_compile", lambda: True)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    parse(compat, folder)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7", "what the user has set stays"
+
+
 def test_stages_of_a_pipeline_are_scheduled_by_vllm(compat, folder, monkeypatch):
     monkeypatch.setattr(compat, "_can_compile", lambda: True)
     arguments = parse(compat, folder, "-pp", "2")
