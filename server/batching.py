@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from server.settings import Settings
+from sparse_backend.errors import UserError
 from sparse_backend.vllm_plugin.batching import BatchingSettings, FinishedRequest, Report
 from sparse_backend.vllm_plugin.snapshot import Path
 
@@ -27,13 +28,25 @@ _LARGEST_REPORT = 1 << 20
 
 
 def batching_settings(settings: Settings, folder: pathlib.Path) -> BatchingSettings:
-    """The scheduler's part of the settings; it reports to a socket in ``folder``."""
+    """The scheduler's part of the settings; it reports to a socket in ``folder``.
+
+    Raises:
+        UserError: the step log cannot be written.
+    """
+    if settings.step_log is not None:
+        try:
+            settings.step_log.open("a").close()
+        except OSError as error:
+            raise UserError(
+                f"--step-log {settings.step_log}: {error.strerror}. Name a file that can be written."
+            ) from None
     return BatchingSettings.model_validate(
         {
             "policy": settings.batching,
             "itl_slo_ms": settings.itl_slo_ms,
             "ttft_slo_ms": settings.ttft_slo_ms,
             "report_to": str(folder / _SOCKET),
+            "step_log": None if settings.step_log is None else str(settings.step_log.absolute()),
         }
     )
 

@@ -117,6 +117,11 @@ class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
         allow_inf_nan=False,
         description="with --batching sparse: objective for the milliseconds to a request's first token",
     )
+    step_log: Path | None = Field(
+        None,
+        description="file that each of the engine's steps is appended to as a line of JSON: what it was made of, how long it"
+        " took, what had been predicted. About 250 bytes a step; for work on the cost model",
+    )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         (),
         description="key that requests must carry as `Authorization: Bearer KEY`, written KEY or NAME KEY, where KEY may be"

@@ -135,6 +135,8 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     ours_schedules = arguments.pipeline_parallel_size == 1
     if settings.batching == "sparse" and not ours_schedules:
         raise UserError("--batching sparse does not work with --pipeline-parallel-size. Leave one of them out.")
+    if settings.step_log is not None and not ours_schedules:
+        raise UserError("--step-log does not work with --pipeline-parallel-size. Leave one of them out.")
     arguments.additional_config = {"prosparse": {"ffn_path": settings.ffn_path, "count_rows": ours_schedules}}
     arguments.scheduler_cls = SCHEDULER if ours_schedules else None
     if settings.batching == "sparse" and arguments.enable_chunked_prefill is False:

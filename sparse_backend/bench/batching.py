@@ -86,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus", default="stdlib", help="where the prompts of a checkpoint come from (default: stdlib)"
     )
-    parser.add_argument("--logs", type=Path, help="folder for the servers' output (default: a temporary one)")
+    parser.add_argument(
+        "--logs", type=Path, help="folder for the servers' output and step logs (default: a temporary one)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to a file")
 
 

@@ -1,6 +1,5 @@
 """The replays of `prosparse bench batching`: which policies there are, what they are given, what comes of it."""
 
-import asyncio
 import contextlib
 import functools
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
+import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
@@ -263,7 +263,10 @@ def _servers(checkpoint: Checkpoint, plan: Plan, logs: Path, policies: Sequence[
         for index, policy in enumerate(policies):
             batching, vllm_flags = POLICIES[policy]
             objectives = plan.settings if batching == "sparse" else []
-            flags = ["--batching", batching, *objectives, "--", *vllm_flags, *plan.vllm_flags]
+            # Beside the figures, what a better cost model could be made from.
+            steps = logs / f"{index}-{policy}-steps.jsonl"
+            ours = ["--batching", batching, *objectives, "--step-log", str(steps)]
+            flags = [*ours, "--", *vllm_flags, *plan.vllm_flags]
             environment = _visible_gpu(index) if torch.cuda.is_available() else {}
             log = logs / f"{index}-{policy}.log"
             servers.append(stack.enter_context(ServerProcess(checkpoint.folder, flags, log, environment)))
@@ -299,11 +302,11 @@ def _visible_gpu(index: int) -> dict[str, str]:
 def _saturate(
     router: Router, prompts: list[Prompt], at_once: int, seconds: float, urls: list[str], model: str
 ) -> list[Outcome]:
-    return asyncio.run(Client(urls, model, router).saturate(prompts, at_once, seconds))
+    return uvloop.run(Client(urls, model, router).saturate(prompts, at_once, seconds))
 
 
 def _replay(router: Router, prompts: list[Prompt], urls: list[str], model: str) -> list[Outcome]:
-    return asyncio.run(Client(urls, model, router).replay(prompts))
+    return uvloop.run(Client(urls, model, router).replay(prompts))
 
 
 def _finished_per_s(outcomes: Sequence[Outcome], seconds: float) -> float:

@@ -31,6 +31,8 @@ class BatchingSettings(BaseModel):
     ttft_slo_ms: float | None = Field(None, gt=0)
     report_to: str | None = None
     """Path of the datagram socket that reports go to."""
+    step_log: str | None = None
+    """Path of the file that each step is appended to."""
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -61,6 +63,38 @@ class Report(TypedDict):
     """Densities of the running requests."""
     finished: list[FinishedRequest]
     """Since the last report."""
+
+
+class LoggedStep(TypedDict):
+    """One step as the cost model saw it; the fields after the path are those of ``cost.StepShape``."""
+
+    path: snapshot.Path
+    rows: int
+    prefill_tokens: int
+    context: int
+    prefill_context: int
+    union: float
+    seconds: float
+    """From the end of the step before, or after a pause from its own beginning."""
+    predicted: float
+    """Seconds, before it ran."""
+    after_idle: bool
+    replica: int
+
+
+class StepLog:
+    """A line of JSON for each step, appended; lines of several replicas may take turns."""
+
+    def __init__(self, path: Path | str) -> None:
+        self._file = Path(path).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed with the scheduler
+
+    def write(self, step: LoggedStep) -> None:
+        """Append one."""
+        self._file.write(json.dumps(step) + "\n")
+
+    def close(self) -> None:
+        """Append no more."""
+        self._file.close()
 
 
 class Reporter:

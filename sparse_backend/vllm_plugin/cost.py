@@ -20,7 +20,8 @@ from sparse_backend.vllm_plugin.snapshot import PATHS, Path
 
 Vector = npt.NDArray[np.float64]
 
-_SAMPLES_PER_SIZE = 64  # a size is a power of two of rows, with or without a prefill
+_SAMPLES_PER_SIZE = 64
+_SAMPLES_FOR_EXCESS = 16
 _REFIT_EVERY = 32
 _REFIT_AT_FIRST = 4  # while there are few samples
 _HUBER = 2.0  # residuals beyond so many times the median one count linearly
@@ -98,6 +99,13 @@ def _dense_terms(step: StepShape) -> list[float]:
 
 _TERMS = {"sparse": _sparse_terms, "dense": _dense_terms}
 
+_Size = tuple[int, bool]
+"""Bits of the number of rows, and whether prompts are read."""
+
+
+def _size(step: StepShape) -> _Size:
+    return step.rows.bit_length(), step.prefill_tokens > 0
+
 
 class StepCost:
     """Predicts seconds per step, and learns from each.
@@ -126,14 +134,14 @@ class StepCost:
         return self._fits[path].seconds(_TERMS[path](step))
 
     def most_seconds(self, step: StepShape) -> float:
-        """What nine of ten such steps stay below."""
+        """What nine of ten steps of about its size stay below."""
         path = self.path(step)
-        return self._fits[path].seconds(_TERMS[path](step)) * self._fits[path].excess
+        return self._fits[path].most_seconds(_TERMS[path](step), _size(step))
 
     def observe(self, step: StepShape, seconds: float) -> None:
         """Learn how long a step took; it also enters the error of the predictions."""
         path = self.path(step)
-        self._fits[path].observe(_TERMS[path](step), (step.rows.bit_length(), step.prefill_tokens > 0), seconds)
+        self._fits[path].observe(_TERMS[path](step), _size(step), seconds)
 
     def error(self, path: Path) -> float | None:
         """Median of |predicted - taken| / taken over a path's last steps, predicted before they ran; None without any."""
@@ -158,7 +166,7 @@ class _PathFit:
     def __init__(self, prior: Vector) -> None:
         self._prior = prior
         self._coefficients = prior
-        self._places: dict[object, int] = {}
+        self._places: dict[_Size, int] = {}
         """Which ring is of which size."""
         self._counts: list[int] = []
         """Samples of each size so far."""
@@ -168,14 +176,20 @@ class _PathFit:
         """The same, of the latest steps whatever their size."""
         self._errors: deque[float] = deque(maxlen=_ERRORS)
         self._pace = 1.0
-        self.excess = 1.0
-        """What nine of ten steps took, over their prediction; at least 1."""
+        self._excess: dict[_Size, float] = {}
+        """What nine of ten steps of a size took, over their prediction; at least 1. Sizes with enough samples."""
         self._observed = 0
 
     def seconds(self, terms: list[float]) -> float:
         return float(self._coefficients @ terms) * self._pace
 
-    def observe(self, terms: list[float], size: object, seconds: float) -> None:
+    def most_seconds(self, terms: list[float], size: _Size) -> float:
+        # Of the nearest size, and those that read prompts among themselves: small steps, which wait for the host now and then,
+        # say nothing of large ones.
+        nearest = min(self._excess, key=lambda known: (known[1] != size[1], abs(known[0] - size[0])), default=None)
+        return self.seconds(terms) * (1.0 if nearest is None else self._excess[nearest])
+
+    def observe(self, terms: list[float], size: _Size, seconds: float) -> None:
         self._errors.append(abs(self.seconds(terms) / seconds - 1))
         sample = np.array(terms) / seconds
         self._keep(sample, size)
@@ -190,7 +204,7 @@ class _PathFit:
     def error(self) -> float | None:
         return statistics.median(self._errors) if self._errors else None
 
-    def _keep(self, sample: Vector, size: object) -> None:
+    def _keep(self, sample: Vector, size: _Size) -> None:
         place = self._places.get(size)
         if place is None:
             place = self._places[size] = len(self._counts)
@@ -210,8 +224,12 @@ class _PathFit:
             predicted = samples @ fitted
             residuals = np.abs(predicted - 1)
             weights = np.minimum(1, _HUBER * np.median(residuals) / np.maximum(residuals, 1e-12))
-        self.excess = max(1.0, 1 / max(float(np.quantile(predicted, 1 - _MOST)), 1e-3))
         self._coefficients = fitted
+        for size, place in self._places.items():
+            if (count := min(self._counts[place], _SAMPLES_PER_SIZE)) >= _SAMPLES_FOR_EXCESS:
+                first = place * _SAMPLES_PER_SIZE
+                least = float(np.quantile(self._samples[first : first + count] @ fitted, 1 - _MOST))
+                self._excess[size] = max(1.0, 1 / max(least, 1e-3))
 
 
 def _nonnegative(gram: Vector, moment: Vector) -> Vector:

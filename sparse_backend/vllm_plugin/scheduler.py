@@ -4,6 +4,7 @@ What is scheduled and how stays vLLM's: only its limit of a step's tokens is set
 own limit holds: first come, first served.
 """
 
+import dataclasses
 import logging
 import time
 from collections import Counter, deque
@@ -19,7 +20,14 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from sparse_backend.ffn.paths import DEFAULT_DENSITY
-from sparse_backend.vllm_plugin.batching import BatchingSettings, Decision, Fallback, FinishedRequest, Reporter
+from sparse_backend.vllm_plugin.batching import (
+    BatchingSettings,
+    Decision,
+    Fallback,
+    FinishedRequest,
+    Reporter,
+    StepLog,
+)
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale
 from sparse_backend.vllm_plugin.densities import Densities
 from sparse_backend.vllm_plugin.plan import Decode, Planner, Prefill, step_shape
@@ -77,6 +85,7 @@ class SparseScheduler(AsyncScheduler):
         self.fallbacks: Counter[Fallback] = Counter()
         self._reporter = Reporter(self._settings.report_to) if self._settings.report_to else None
         self._reported_at = 0.0
+        self._step_log = StepLog(self._settings.step_log) if self._settings.step_log else None
         self._check_objectives()
 
     # ---- what vLLM calls -----------------------------------------------------------------------------------------------------
@@ -123,6 +132,8 @@ class SparseScheduler(AsyncScheduler):
         """The engine stops."""
         if self._reporter is not None:
             self._reporter.close()
+        if self._step_log is not None:
+            self._step_log.close()
         super().shutdown()
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
@@ -189,6 +200,8 @@ class SparseScheduler(AsyncScheduler):
     def _learn(self, output: SchedulerOutput, result: ModelRunnerOutput, step: _Step, now: float) -> None:
         fault: Fallback | None = None
         seconds = now - (step.scheduled_at if step.after_idle else self._done_at)
+        if self._step_log is not None:
+            self._log(self._step_log, step, seconds)
         if not 0 < seconds < _LONGEST_STEP_S:
             fault = "clock"
         elif not (step.after_idle and self.scheduler_config.async_scheduling):
@@ -197,6 +210,19 @@ class SparseScheduler(AsyncScheduler):
         if self._counts is not None and not self._learn_densities(self._counts, output, result):
             fault = "counters"
         self._trust(fault)
+
+    def _log(self, log: StepLog, step: _Step, seconds: float) -> None:
+        cost = self._planner.cost
+        log.write(
+            {
+                "path": cost.path(step.shape),
+                **dataclasses.asdict(step.shape),  # type: ignore[typeddict-item]
+                "seconds": seconds,
+                "predicted": cost.seconds(step.shape),
+                "after_idle": step.after_idle,
+                "replica": self.parallel_config.data_parallel_index,
+            }
+        )
 
     def _learn_densities(self, source: RowCountsReader, output: SchedulerOutput, result: ModelRunnerOutput) -> bool:
         counts = source.next_step(output.total_num_scheduled_tokens)

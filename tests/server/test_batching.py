@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.batching import BatchingTelemetry, batching_settings
 from server.settings import Settings
+from sparse_backend.errors import UserError
 from sparse_backend.vllm_plugin.batching import SETTINGS_VARIABLE, BatchingSettings, Report, Reporter
 
 
@@ -86,6 +87,16 @@ def test_old_requests_are_forgotten() -> None:
         telemetry.take(report(finished=[{"id": f"chatcmpl-{index}-0a1b2c3d", "density": 0.1, "rows": 1}]))
     assert telemetry.density("0") is None
     assert telemetry.density("1999") == 0.1
+
+
+def test_a_step_log_is_absolute_for_the_engine_and_refused_where_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(model=tmp_path, step_log=Path("steps.jsonl"))
+    assert batching_settings(settings, tmp_path).step_log == str(tmp_path / "steps.jsonl")
+    with pytest.raises(UserError, match=r"--step-log missing/steps.jsonl: No such file or directory. Name a file"):
+        batching_settings(Settings(model=tmp_path, step_log=Path("missing/steps.jsonl")), tmp_path)
 
 
 async def test_reports_arrive_over_the_socket_the_settings_name(

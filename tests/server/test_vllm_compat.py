@@ -122,6 +122,8 @@ def test_stages_of_a_pipeline_are_scheduled_by_vllm(compat, folder, monkeypatch)
     assert not arguments.additional_config["prosparse"]["count_rows"]
     with pytest.raises(UserError, match="--batching sparse does not work with --pipeline-parallel-size"):
         parse(compat, folder, "-pp", "2", batching="sparse")
+    with pytest.raises(UserError, match="--step-log does not work with --pipeline-parallel-size"):
+        parse(compat, folder, "--pipeline-parallel-size", "2", step_log=folder / "steps")
 
 
 @pytest.mark.parametrize("can_compile", [True, False])

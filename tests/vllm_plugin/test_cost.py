@@ -67,6 +67,22 @@ def test_it_learns_the_machine_within_a_minute_of_steps(noise: float) -> None:
         assert cost.most_seconds(step) >= cost.seconds(step)
 
 
+def test_small_steps_that_wait_for_the_host_do_not_make_large_ones_look_longer() -> None:
+    generator = random.Random(0)
+    cost = model()
+
+    def prompt(tokens: int) -> StepShape:
+        return StepShape(30 + tokens, tokens, 10000, tokens**2 // 2)
+
+    for _ in range(1000):
+        tokens = generator.choice([50, 60, 80, 180, 1500, 2500])
+        waits = tokens < 200 and generator.random() < 0.3
+        cost.observe(prompt(tokens), truth(prompt(tokens)) * (3 if waits else 1))
+    assert cost.most_seconds(prompt(70)) > 2 * truth(prompt(70))
+    assert cost.most_seconds(prompt(2000)) == pytest.approx(truth(prompt(2000)), rel=0.1)
+    assert cost.most_seconds(prompt(8000)) == pytest.approx(cost.seconds(prompt(8000)), rel=0.1)
+
+
 def test_what_changes_for_all_steps_is_followed_at_once() -> None:
     generator = random.Random(0)
     cost = model()

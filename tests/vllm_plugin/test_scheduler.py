@@ -1,6 +1,8 @@
 """Our scheduler over vLLM's, without an engine: see fake_engine."""
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,3 +217,16 @@ def test_densities_are_those_of_the_requests_whatever_shares_a_step(config: Vllm
             assert finished[str(index)]["density"] == pytest.approx(index / 20)
             # The last token is not computed further; with steps under way ahead, one row more may have been.
             assert finished[str(index)]["rows"] == 10 + 25 * index + 3 + 2 * index - 1
+
+
+def test_the_step_log_has_each_step_as_it_was_and_as_it_was_predicted(config: VllmConfig, tmp_path: Path) -> None:
+    log = tmp_path / "steps.jsonl"
+    engine = FakeEngine(config, BatchingSettings(step_log=str(log)), seconds=lambda tokens: 1e-3 * tokens)
+    run_through(engine, [(0, 40, 3, 0.1), (1, 9, 3, 0.1)], depth=1)
+    engine.scheduler.shutdown()
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [step["rows"] for step in steps] == [output.total_num_scheduled_tokens for output in engine.steps]
+    assert [step["seconds"] for step in steps] == pytest.approx([1e-3 * step["rows"] for step in steps])
+    assert [(step["prefill_tokens"], step["path"]) for step in steps[:2]] == [(40, "dense"), (9, "dense")]
+    assert [step["after_idle"] for step in steps[:2]] == [True, False]
+    assert all(step["predicted"] > 0 for step in steps)
