@@ -74,6 +74,7 @@ class LoggedStep(TypedDict):
     context: int
     prefill_context: int
     union: float
+    after_prefill: bool
     seconds: float
     """From the end of the step before, or after a pause from its own beginning."""
     predicted: float

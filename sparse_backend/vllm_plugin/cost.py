@@ -47,6 +47,8 @@ class StepShape:
     """For each token of a prefill the tokens before it, summed."""
     union: float = 1.0
     """Share of neurons active for at least one row, mean over layers."""
+    after_prefill: bool = False
+    """Whether the step before read prompts: it keeps the host for longer, and leaves less in the caches."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def union_of(densities: Sequence[float]) -> float:
 
 
 def _sparse_terms(step: StepShape) -> list[float]:
-    return [1.0, step.union, float(step.rows), step.context * 1e-6]
+    return [1.0, step.union, float(step.rows), step.context * 1e-6, float(step.after_prefill)]
 
 
 def _dense_terms(step: StepShape) -> list[float]:
@@ -94,6 +96,7 @@ def _dense_terms(step: StepShape) -> list[float]:
         float(step.prefill_tokens > 0),
         step.context * 1e-6,
         step.prefill_context * 1e-6,
+        float(step.after_prefill),
     ]
 
 

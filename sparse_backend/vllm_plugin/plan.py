@@ -34,13 +34,15 @@ class Prefill:
     waited_s: float = 0.0
 
 
-def step_shape(decodes: Sequence[Decode], prefills: Sequence[Prefill], chunk: int) -> StepShape:
+def step_shape(
+    decodes: Sequence[Decode], prefills: Sequence[Prefill], chunk: int, after_prefill: bool = False
+) -> StepShape:
     """The step that carries all decodes and the first ``chunk`` prompt tokens of ``prefills``."""
     rows = sum(decode.rows for decode in decodes)
     context = sum(decode.context for decode in decodes)
     if not chunk:
         densities = [decode.density for decode in decodes for _ in range(decode.rows)]
-        return StepShape(rows, context=context, union=union_of(densities))
+        return StepShape(rows, context=context, union=union_of(densities), after_prefill=after_prefill)
     left, prefill_context = chunk, 0
     for prefill in prefills:
         tokens = min(left, prefill.tokens)
@@ -48,7 +50,7 @@ def step_shape(decodes: Sequence[Decode], prefills: Sequence[Prefill], chunk: in
         left -= tokens
         if not left:
             break
-    return StepShape(rows + chunk, chunk, context, prefill_context)
+    return StepShape(rows + chunk, chunk, context, prefill_context, after_prefill=after_prefill)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class Planner:
     settings: BatchingSettings
     cost: StepCost
 
-    def chunk(self, decodes: Sequence[Decode], prefills: Sequence[Prefill], available: int) -> int:
+    def chunk(
+        self, decodes: Sequence[Decode], prefills: Sequence[Prefill], available: int, after_prefill: bool = False
+    ) -> int:
         """The most prompt tokens, of ``available``, with which the next step keeps the ITL objective.
 
         All of them without an objective, or without decodes that would wait for them. At least 64, or all: where the objective
@@ -70,7 +74,7 @@ class Planner:
         limit = objective * 1e-3 * _HEADROOM
 
         def keeps(chunk: int) -> bool:
-            return self.cost.most_seconds(step_shape(decodes, prefills, chunk)) <= limit
+            return self.cost.most_seconds(step_shape(decodes, prefills, chunk, after_prefill)) <= limit
 
         if available <= _LEAST_CHUNK or keeps(available):
             return available

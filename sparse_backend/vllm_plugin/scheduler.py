@@ -77,6 +77,7 @@ class SparseScheduler(AsyncScheduler):
         self._finished: list[FinishedRequest] = []
         self._done_at = 0.0
         self._idle = True
+        self._after_prefill = False
         self._distrusted_for = 0
         self._fault: Fallback | None = None
         self._warned: set[Fallback] = set()
@@ -109,7 +110,9 @@ class SparseScheduler(AsyncScheduler):
         if self._settings.policy == "sparse":
             self.decisions["admit"] += max(0, waiting - len(self.waiting))
         if output.total_num_scheduled_tokens:
-            self._under_way.append(_Step(self._shape_of(output), now, self._idle))
+            shape = self._shape_of(output)
+            self._under_way.append(_Step(shape, now, self._idle))
+            self._after_prefill = shape.prefill_tokens > 0
             self._idle = False
         return output
 
@@ -124,6 +127,7 @@ class SparseScheduler(AsyncScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         # Requests are let in anew, and not at the rhythm of steps, once there was nothing to do.
         self._idle = not self._under_way and not self.has_unfinished_requests()
+        self._after_prefill = self._after_prefill and not self._idle
         if self._finished or now - self._reported_at >= _REPORT_EVERY_S:
             self._report(now)
         return outputs
@@ -163,7 +167,7 @@ class SparseScheduler(AsyncScheduler):
             prefills.append(self._prefill(request, request.num_tokens, now))
             available += request.num_tokens
         available = min(available, self._vllm_tokens)
-        chunk = self._planner.chunk(decodes, prefills, available)
+        chunk = self._planner.chunk(decodes, prefills, available, self._after_prefill)
         if available:
             self.decisions["chunk_cut" if chunk < available else "chunk_full"] += 1
         rows = sum(decode.rows for decode in decodes)
@@ -193,7 +197,7 @@ class SparseScheduler(AsyncScheduler):
                 prefills.append(Prefill(start, tokens))
             else:
                 decodes.append(Decode(start, self._density(request), tokens))
-        return step_shape(decodes, prefills, sum(prefill.tokens for prefill in prefills))
+        return step_shape(decodes, prefills, sum(prefill.tokens for prefill in prefills), self._after_prefill)
 
     # ---- after a step --------------------------------------------------------------------------------------------------------
 

@@ -18,22 +18,25 @@ def model() -> StepCost:
 
 def truth(step: StepShape) -> float:
     """Another machine than the table's, with attention and a host."""
+    host = 8e-4 if step.after_prefill else 0
     if step.rows <= 16:
-        return 2.5e-3 + 2.2e-3 * step.union + 3e-5 * step.rows + 1.3e-7 * step.context
-    return 4e-3 + 2.2e-5 * max(0, step.rows - 90) + 1.3e-7 * step.context + (1e-3 if step.prefill_tokens else 0)
+        return host + 2.5e-3 + 2.2e-3 * step.union + 3e-5 * step.rows + 1.3e-7 * step.context
+    return host + 4e-3 + 2.2e-5 * max(0, step.rows - 90) + 1.3e-7 * step.context + (1e-3 if step.prefill_tokens else 0)
 
 
 def traffic(generator: random.Random, count: int) -> list[StepShape]:
-    steps = []
+    steps: list[StepShape] = []
     for _ in range(count):
+        after_prefill = bool(steps) and steps[-1].prefill_tokens > 0
         rows = generator.choice([1, 3, 8, 14, 30, 60])
         context = rows * generator.randint(50, 1500)
         if generator.random() < 0.2:
             tokens = generator.randint(30, 3000)
-            steps.append(StepShape(rows + tokens, tokens, context, tokens**2 // 2))
+            steps.append(StepShape(rows + tokens, tokens, context, tokens**2 // 2, after_prefill=after_prefill))
         else:
             densities = [generator.choice([0.02, 0.06, 0.16]) for _ in range(rows)]
-            steps.append(StepShape(rows, context=context, union=union_of(densities)))
+            union = union_of(densities)
+            steps.append(StepShape(rows, context=context, union=union, after_prefill=after_prefill))
     return steps
 
 

@@ -229,4 +229,5 @@ def test_the_step_log_has_each_step_as_it_was_and_as_it_was_predicted(config: Vl
     assert [step["seconds"] for step in steps] == pytest.approx([1e-3 * step["rows"] for step in steps])
     assert [(step["prefill_tokens"], step["path"]) for step in steps[:2]] == [(40, "dense"), (9, "dense")]
     assert [step["after_idle"] for step in steps[:2]] == [True, False]
+    assert [step["after_prefill"] for step in steps[:3]] == [False, True, True]
     assert all(step["predicted"] > 0 for step in steps)
