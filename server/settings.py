@@ -120,7 +120,7 @@ class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
     step_log: Path | None = Field(
         None,
         description="file that each of the engine's steps is appended to as a line of JSON: what it was made of, how long it"
-        " took, what had been predicted. About 250 bytes a step; for work on the cost model",
+        " took, what had been predicted. About 250 bytes a step, and it is never cut; for work on the cost model",
     )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)] = Field(
         (),

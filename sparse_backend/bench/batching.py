@@ -120,6 +120,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         loads = [float(load) for load in arguments.load.split(",")]
     except ValueError:
         raise UserError(f"--load {arguments.load!r} is not a comma-separated list of numbers.") from None
+    if arguments.clients and arguments.rate is not None:
+        raise UserError("--rate is for --load, and with --clients there is none. Leave one of them out.")
     settings = []
     for name in ("itl_slo_ms", "ttft_slo_ms"):
         if (value := getattr(arguments, name)) is not None:
@@ -131,6 +133,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         traces={name: Trace.load(name) for name in arguments.trace.split(",")},
         loads=loads,
         clients=arguments.clients,
+        log_steps=arguments.logs is not None,
         rate=arguments.rate,
         seconds=arguments.seconds,
         saturate_s=arguments.saturate,

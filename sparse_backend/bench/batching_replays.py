@@ -98,6 +98,8 @@ class Plan:
     at_once: int
     seed: int
     objectives: Objectives
+    log_steps: bool
+    """Write each server's step log beside its output."""
     settings: list[str]
     vllm_flags: list[str]
 
@@ -175,7 +177,7 @@ def measure(checkpoint: Checkpoint, plan: Plan, prompts: Prompts, logs: Path) ->
         "itl_slo_ms": None if plan.objectives.itl_s is None else plan.objectives.itl_s * 1e3,
         "ttft_slo_ms": None if plan.objectives.ttft_s is None else plan.objectives.ttft_s * 1e3,
         "seed": plan.seed,
-        "capacity": {} if plan.rate is None else dict.fromkeys(plan.traces, plan.rate),
+        "capacity": {} if plan.rate is None or plan.clients else dict.fromkeys(plan.traces, plan.rate),
         "replays": [],
     }
     if plan.placements:
@@ -195,11 +197,11 @@ def _measure_policies(
             if not plan.clients and name not in report["capacity"]:
                 warm_up = prompts.of(trace, 1.0, _SATURATION_REQUESTS, "saturation")
                 task = functools.partial(_saturate, OneServer(), warm_up, plan.at_once, plan.saturate_s)
-                rates = [_finished_per_s(outcomes, plan.saturate_s) for outcomes in _at_once(pool, servers, task)]
+                rates = [_finished_per_s(outcomes, plan.saturate_s) for outcomes in _on_each(pool, servers, task)]
                 report["capacity"][name] = rates[0]
                 _say(f"{name}: at capacity {', '.join(f'{p} {r:.2f}/s' for p, r in zip(policies, rates, strict=True))}")
             for traffic in _traffic(plan, name, report["capacity"].get(name)):
-                replays = _at_once(pool, servers, _task(prompts, trace, traffic, OneServer(), plan))
+                replays = _on_each(pool, servers, _task(prompts, trace, traffic, OneServer(), plan))
                 for policy, server, outcomes in zip(policies, servers, replays, strict=True):
                     report["replays"].append(_result(policy, traffic, outcomes, [server], plan))
                     _say(_line(report["replays"][-1]))
@@ -234,9 +236,9 @@ def _measure_placements(
 
 
 def _traffic(plan: Plan, trace: str, capacity: float | None) -> Iterator[_Traffic]:
-    if plan.clients:
+    if capacity is None:
         yield from (_Traffic(trace, clients=clients) for clients in plan.clients)
-    elif capacity is not None:
+    else:
         yield from (_Traffic(trace, load=load, rate=capacity * load) for load in plan.loads)
 
 
@@ -246,11 +248,11 @@ def _task(prompts: Prompts, trace: Trace, traffic: _Traffic, router: Router, pla
         requests = prompts.of(trace, 1.0, _SATURATION_REQUESTS, f"clients {traffic.clients} {placement}")
         return functools.partial(_saturate, router, requests, traffic.clients or 1, plan.seconds)
     count = max(_LEAST_REQUESTS, round(traffic.rate * plan.seconds))
-    requests = prompts.of(trace, traffic.rate, count, f"load {traffic.load} {placement}")
+    requests = prompts.of(trace, traffic.rate, count, f"load {traffic.load}{placement and f' {placement}'}")
     return functools.partial(_replay, router, requests)
 
 
-def _at_once(pool: ProcessPoolExecutor, servers: Sequence[ServerProcess], task: _Task) -> list[list[Outcome]]:
+def _on_each(pool: ProcessPoolExecutor, servers: Sequence[ServerProcess], task: _Task) -> list[list[Outcome]]:
     running = [pool.submit(task, [server.url], server.model) for server in servers]
     return [future.result() for future in running]
 
@@ -263,9 +265,11 @@ def _servers(checkpoint: Checkpoint, plan: Plan, logs: Path, policies: Sequence[
         for index, policy in enumerate(policies):
             batching, vllm_flags = POLICIES[policy]
             objectives = plan.settings if batching == "sparse" else []
-            # Beside the figures, what a better cost model could be made from.
-            steps = logs / f"{index}-{policy}-steps.jsonl"
-            ours = ["--batching", batching, *objectives, "--step-log", str(steps)]
+            ours = ["--batching", batching, *objectives]
+            if plan.log_steps:
+                steps = logs / f"{index}-{policy}-steps.jsonl"
+                steps.unlink(missing_ok=True)
+                ours += ["--step-log", str(steps)]
             flags = [*ours, "--", *vllm_flags, *plan.vllm_flags]
             environment = _visible_gpu(index) if torch.cuda.is_available() else {}
             log = logs / f"{index}-{policy}.log"
@@ -330,6 +334,10 @@ def _result(
     servers: Sequence[ServerProcess],
     plan: Plan,
 ) -> Replay:
+    if not outcomes:
+        raise UserError(
+            f"No client had an answer within {plan.seconds:g} s. Give a longer --seconds, or fewer --clients."
+        )
     metrics = _read_metrics(replay.metrics(servers[0].url))
     return {
         "policy": policy,

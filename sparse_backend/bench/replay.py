@@ -12,7 +12,7 @@ import httpx
 
 from sparse_backend.bench.trace import TraceRequest
 
-_TIMEOUT_S = 600.0
+_TIMEOUT_S = 600.0  # for a whole answer
 _PAUSE_S = 0.2
 _EVENT = b"data: {"
 """How each token's event begins; the last event of an answer, which says that there are no more, does not."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Literal, Self, TypedDict
 from pydantic import BaseModel, ConfigDict, Field
 
 from sparse_backend.vllm_plugin import snapshot
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_VARIABLE = "PROSPARSE_BATCHING_SETTINGS"
 """The settings, JSON. Not in vLLM's configuration, which is part of the key under which compiled graphs are kept."""
@@ -66,7 +69,7 @@ class Report(TypedDict):
 
 
 class LoggedStep(TypedDict):
-    """One step as the cost model saw it; the fields after the path are those of ``cost.StepShape``."""
+    """One step as the cost model saw it; those from ``rows`` to ``after_prefill`` are the fields of ``cost.StepShape``."""
 
     path: snapshot.Path
     rows: int
@@ -78,24 +81,38 @@ class LoggedStep(TypedDict):
     seconds: float
     """From the end of the step before, or after a pause from its own beginning."""
     predicted: float
-    """Seconds, before it ran."""
+    """Seconds, before the model had learnt from it; the planner's own prediction may be a few steps older."""
     after_idle: bool
     replica: int
 
 
 class StepLog:
-    """A line of JSON for each step, appended; lines of several replicas may take turns."""
+    """A line of JSON for each step, appended; lines of several replicas may take turns. The first that fails is the last."""
 
     def __init__(self, path: Path | str) -> None:
-        self._file = Path(path).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed with the scheduler
+        self._path, self._file = Path(path), None
+        try:
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            self._give_up(error)
 
     def write(self, step: LoggedStep) -> None:
         """Append one."""
-        self._file.write(json.dumps(step) + "\n")
+        if self._file is not None:
+            try:
+                self._file.write(json.dumps(step).encode() + b"\n")
+            except OSError as error:
+                self._give_up(error)
 
     def close(self) -> None:
         """Append no more."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _give_up(self, error: OSError) -> None:
+        logger.warning("--step-log %s: %s. No more steps are written to it.", self._path, error.strerror)
+        self.close()
 
 
 class Reporter:

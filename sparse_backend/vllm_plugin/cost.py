@@ -22,6 +22,9 @@ Vector = npt.NDArray[np.float64]
 
 _SAMPLES_PER_SIZE = 64
 _SAMPLES_FOR_EXCESS = 16
+_EXCESS_KEPT = (
+    0.98  # of a size that was not seen since the last fit: what is thought too long is not tried, and must be again
+)
 _REFIT_EVERY = 32
 _REFIT_AT_FIRST = 4  # while there are few samples
 _HUBER = 2.0  # residuals beyond so many times the median one count linearly
@@ -181,15 +184,19 @@ class _PathFit:
         self._pace = 1.0
         self._excess: dict[_Size, float] = {}
         """What nine of ten steps of a size took, over their prediction; at least 1. Sizes with enough samples."""
+        self._fitted_at: dict[_Size, int] = {}
+        """How many samples of each size there were then."""
         self._observed = 0
 
     def seconds(self, terms: list[float]) -> float:
         return float(self._coefficients @ terms) * self._pace
 
     def most_seconds(self, terms: list[float], size: _Size) -> float:
-        # Of the nearest size, and those that read prompts among themselves: small steps, which wait for the host now and then,
-        # say nothing of large ones.
-        nearest = min(self._excess, key=lambda known: (known[1] != size[1], abs(known[0] - size[0])), default=None)
+        # Of the nearest size, of those that read prompts if it does: small steps, which wait for the host now and then, say
+        # nothing of large ones.
+        nearest = min(
+            self._excess, key=lambda known: (known[1] != size[1], abs(known[0] - size[0]), -known[0]), default=None
+        )
         return self.seconds(terms) * (1.0 if nearest is None else self._excess[nearest])
 
     def observe(self, terms: list[float], size: _Size, seconds: float) -> None:
@@ -229,10 +236,14 @@ class _PathFit:
             weights = np.minimum(1, _HUBER * np.median(residuals) / np.maximum(residuals, 1e-12))
         self._coefficients = fitted
         for size, place in self._places.items():
-            if (count := min(self._counts[place], _SAMPLES_PER_SIZE)) >= _SAMPLES_FOR_EXCESS:
+            count, fitted_at = self._counts[place], self._fitted_at.get(size, 0)
+            if size in self._excess and count == fitted_at:
+                self._excess[size] = 1 + _EXCESS_KEPT * (self._excess[size] - 1)
+            elif count >= _SAMPLES_FOR_EXCESS:
                 first = place * _SAMPLES_PER_SIZE
-                least = float(np.quantile(self._samples[first : first + count] @ fitted, 1 - _MOST))
-                self._excess[size] = max(1.0, 1 / max(least, 1e-3))
+                least = np.quantile(self._samples[first : first + min(count, _SAMPLES_PER_SIZE)] @ fitted, 1 - _MOST)
+                self._excess[size] = max(1.0, 1 / max(float(least), 1e-3))
+            self._fitted_at[size] = count
 
 
 def _nonnegative(gram: Vector, moment: Vector) -> Vector:

@@ -76,21 +76,24 @@ class Planner:
         def keeps(chunk: int) -> bool:
             return self.cost.most_seconds(step_shape(decodes, prefills, chunk, after_prefill)) <= limit
 
-        if available <= _LEAST_CHUNK or keeps(available):
+        if available <= _LEAST_CHUNK:
             return available
-        if not keeps(_LEAST_CHUNK):
-            return min(available, max(_LEAST_CHUNK, self._due(decodes, prefills)))
-        low, high = _LEAST_CHUNK, available
+        low = high = available
+        # From above: where the times of small steps vary most, a larger one may keep what the least does not.
+        while not keeps(low):
+            if low == _LEAST_CHUNK:
+                return min(available, max(_LEAST_CHUNK, self._due(decodes, prefills, after_prefill)))
+            low, high = max(_LEAST_CHUNK, low // 2), low
         while high - low > max(8, low // 32):
             middle = (low + high) // 2
             low, high = (middle, high) if keeps(middle) else (low, middle)
         return low
 
-    def _due(self, decodes: Sequence[Decode], prefills: Sequence[Prefill]) -> int:
+    def _due(self, decodes: Sequence[Decode], prefills: Sequence[Prefill], after_prefill: bool) -> int:
         """Where the ITL objective is out of reach: prompt tokens per step with which the first one keeps the TTFT objective."""
         if self.settings.ttft_slo_ms is None:
             return 0
         first = prefills[0]
         left = self.settings.ttft_slo_ms * 1e-3 - first.waited_s
-        step = self.cost.seconds(step_shape(decodes, prefills, _LEAST_CHUNK))
+        step = self.cost.seconds(step_shape(decodes, prefills, _LEAST_CHUNK, after_prefill))
         return first.tokens if left <= step else math.ceil(first.tokens * step / left)

@@ -21,7 +21,10 @@ async def app(scope, receive, send) -> None:
     await send({"type": "http.response.start", "status": 429 if refused else 200, "headers": []})
     for _ in range(0 if refused else body["max_tokens"]):
         await asyncio.sleep(GAP_S)
-        await send({"type": "http.response.body", "body": b'data: {"choices": []}\n\n', "more_body": True})
+        # In two pieces, as a busy connection may deliver it.
+        for piece in (b"dat", b'a: {"choices": []}\n\n'):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0.005)
     await send({"type": "http.response.body", "body": b"" if refused else b"data: [DONE]\n\n"})
 
 

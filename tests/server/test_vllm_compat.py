@@ -108,7 +108,8 @@ def test_cpu_workers_share_the_cores_out(compat, folder, monkeypatch, flags, bou
 
 def test_products_kept_for_numbers_of_tokens_are_bounded_on_a_cpu(compat, folder, monkeypatch):
     monkeypatch.setattr(compat, "_can_compile", lambda: True)
-    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # so that it is undone
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     parse(compat, folder)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"

@@ -2,7 +2,9 @@ import random
 
 import pytest
 
+from sparse_backend.vllm_plugin.batching import BatchingSettings
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale, union_of
+from sparse_backend.vllm_plugin.plan import Decode, Planner, Prefill, step_shape
 from sparse_backend.vllm_plugin.snapshot import PATHS
 
 # Microseconds of a layer: rows, union, sparse; rows, dense.
@@ -84,6 +86,35 @@ def test_small_steps_that_wait_for_the_host_do_not_make_large_ones_look_longer()
     assert cost.most_seconds(prompt(70)) > 2 * truth(prompt(70))
     assert cost.most_seconds(prompt(2000)) == pytest.approx(truth(prompt(2000)), rel=0.1)
     assert cost.most_seconds(prompt(8000)) == pytest.approx(cost.seconds(prompt(8000)), rel=0.1)
+
+
+def test_a_size_that_was_slow_for_a_while_is_tried_again() -> None:
+    generator = random.Random(0)
+    cost = model()
+    large = StepShape(2060, 2000, 30000, 2000**2 // 2)
+    for _ in range(40):
+        cost.observe(large, truth(large) * generator.choice([1, 1, 3]))
+        for step in traffic(generator, 5):
+            cost.observe(step, truth(step))
+    assert cost.most_seconds(large) > 2 * truth(large)
+    # The planner does not choose it any more.
+    for _ in range(6000):
+        small = StepShape(130, 100, 5000, 5000)
+        cost.observe(small, truth(small))
+    assert cost.most_seconds(large) < 1.3 * truth(large)
+
+
+def test_pieces_of_prompts_are_not_cut_to_those_whose_times_vary_most() -> None:
+    generator = random.Random(0)
+    planner = Planner(BatchingSettings(policy="sparse", itl_slo_ms=25), model())
+    decodes, prefills = [Decode(300, 0.1)] * 30, [Prefill(0, 4000)]
+    for _ in range(1000):
+        tokens = generator.choice([64, 128, 600, 800])
+        step = step_shape(decodes, prefills, tokens)
+        # Every other small one takes four times as long.
+        planner.cost.observe(step, truth(step) * (4 if tokens < 200 and generator.random() < 0.5 else 1))
+    assert planner.cost.most_seconds(step_shape(decodes, prefills, 64)) > 25e-3
+    assert 600 <= planner.chunk(decodes, prefills, 4000) <= 1100
 
 
 def test_what_changes_for_all_steps_is_followed_at_once() -> None:

@@ -1,5 +1,6 @@
 """Our scheduler over vLLM's, without an engine: see fake_engine."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from vllm.config import VllmConfig
 
 from sparse_backend.vllm_plugin.batching import BatchingSettings
+from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape
 from tests.vllm_plugin.fake_engine import MOST_TOKENS, FakeEngine, engine_config
 
 MOST_REQUESTS = 8
@@ -230,4 +232,31 @@ def test_the_step_log_has_each_step_as_it_was_and_as_it_was_predicted(config: Vl
     assert [(step["prefill_tokens"], step["path"]) for step in steps[:2]] == [(40, "dense"), (9, "dense")]
     assert [step["after_idle"] for step in steps[:2]] == [True, False]
     assert [step["after_prefill"] for step in steps[:3]] == [False, True, True]
-    assert all(step["predicted"] > 0 for step in steps)
+    # Nothing has been learnt before the first.
+    first = StepShape(**{field.name: steps[0][field.name] for field in dataclasses.fields(StepShape)})
+    assert steps[0]["predicted"] == StepCost(LayerTable([], []), scale=1, max_sparse_rows=4).seconds(first)
+
+
+def test_steps_go_on_where_the_step_log_cannot_be_written(
+    config: VllmConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for log in (tmp_path / "missing" / "steps", Path("/dev/full")):
+        engine = FakeEngine(config, BatchingSettings(step_log=str(log)))
+        run_through(engine, [(0, 40, 3, 0.1)], depth=1)
+        engine.scheduler.shutdown()
+        assert f"--step-log {log}" in caplog.text
+    assert len([record for record in caplog.records if "--step-log" in record.message]) == 2
+
+
+def test_a_step_after_a_pause_is_not_one_after_a_prompt(config: VllmConfig, tmp_path: Path) -> None:
+    log = tmp_path / "steps.jsonl"
+    engine = FakeEngine(config, BatchingSettings(step_log=str(log)))
+    for name in ("one", "two"):
+        engine.add(name, 40, 1)
+        engine.drain()
+    engine.scheduler.shutdown()
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(step["prefill_tokens"], step["after_idle"], step["after_prefill"]) for step in steps] == [
+        (40, True, False),
+        (40, True, False),
+    ]
