@@ -60,16 +60,22 @@ def test_completion(client):
     assert answer.choices[0].text.startswith("    ")
 
 
-def test_completion_with_n_seed_and_stop(client):
-    # Only from the second on is the prompt in the cache: rounding is not the same where it is read, and at temperature 1 one
-    # token in some thousands falls otherwise.
-    _, first, second = (
-        client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=16, n=2, seed=7, temperature=1, stop=["\n"])
-        for _ in range(3)
-    )
-    assert len(first.choices) == 2
-    assert [choice.text for choice in first.choices] == [choice.text for choice in second.choices]
-    assert all("\n" not in choice.text for choice in first.choices)
+def test_completion_with_n_and_stop(client):
+    answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=32, n=2, temperature=1, stop=["\n"])
+    assert len(answer.choices) == 2
+    assert all("\n" not in choice.text for choice in answer.choices)
+
+
+def test_a_seed_gives_the_same_text_again(client):
+    def text(seed: int) -> str:
+        request = {"model": MODEL, "prompt": PROMPT, "max_tokens": 32, "temperature": 1}
+        return client.completions.create(**request, seed=seed).choices[0].text
+
+    # Each alone, and with what there is of the prompt in the cache: in other company a step rounds otherwise, and at
+    # temperature 1 now and then a token falls otherwise.
+    text(7)
+    assert text(7) == text(7)
+    assert len({text(seed) for seed in range(4)}) > 1
 
 
 def test_chat(client):
