@@ -26,8 +26,8 @@ from sparse_backend.bench.batching_replays import (
     BatchingReport,
     Plan,
     Prompts,
-    Replay,
     densities,
+    load_of,
     measure,
 )
 from sparse_backend.bench.goodput import Objectives
@@ -192,7 +192,7 @@ def _print(report: BatchingReport) -> None:
             whole = name == "all"
             table.add_row(
                 result["trace"] if whole else "",
-                _load(result) if whole else "",
+                load_of(result) if whole else "",
                 result["policy"] if whole else "",
                 name,
                 f"{times['requests']}",
@@ -205,7 +205,3 @@ def _print(report: BatchingReport) -> None:
                 ", ".join(f"{path} {error:.1%}" for path, error in result["cost_error"].items()) if whole else "",
             )
     console.print(table)
-
-
-def _load(result: Replay) -> str:
-    return f"{result['clients']} clients" if result["load"] is None else f"{result['load']:g}"

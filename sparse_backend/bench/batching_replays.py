@@ -113,9 +113,6 @@ class _Traffic:
     rate: float | None = None
     clients: int | None = None
 
-    def __str__(self) -> str:
-        return f"{self.trace}, {self.clients} clients" if self.load is None else f"{self.trace} at {self.load:g}"
-
 
 _Task = Callable[[list[str], str], list[Outcome]]
 """What a process is to do with the servers' addresses and the model's name."""
@@ -371,12 +368,16 @@ def _say(line: str) -> None:
     Console(stderr=True, highlight=False).print(f"{time.strftime('%H:%M:%S')} {line}")
 
 
+def load_of(result: Replay) -> str:
+    """For people: the share of capacity, or how many clients."""
+    return f"{result['clients']} clients" if result["load"] is None else f"{result['load']:g}"
+
+
 def _line(result: Replay) -> str:
-    traffic = _Traffic(result["trace"], result["load"], clients=result["clients"])
     summary, errors = result["summary"], result["cost_error"]
     times = summary["all"]
     return (
-        f"{traffic}, {result['policy']}: goodput {summary['goodput']:.3f}/s ({times['good']:.0%}),"
+        f"{result['trace']} at {load_of(result)}, {result['policy']}: goodput {summary['goodput']:.3f}/s ({times['good']:.0%}),"
         f" {summary['tokens_s']:.0f} tokens/s, TTFT p99 {times['ttft_p99_ms']:.0f} ms,"
         f" ITL p50 {times['itl_p50_ms']:.1f} p99 {times['itl_p99_ms']:.1f} ms, cost error"
         f" {', '.join(f'{path} {error:.1%}' for path, error in errors.items())}"
