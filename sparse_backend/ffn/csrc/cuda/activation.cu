@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kStripe = 8;  // vectors of 16 bytes; divides a warp
 constexpr int kMaxThreads = 512;
-constexpr int kRowsInFlight = 4;  // per thread; at thousands of rows, enough requests to keep the memory busy
+constexpr int kManyRows = 4;  // per thread at once; at thousands of rows, enough requests to keep the memory busy
 
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
@@ -67,81 +67,113 @@ __device__ __forceinline__ uint4 activate(const uint4& gate, const uint4& up, fl
   return h;
 }
 
-// gate_up_out [rows, 2 * vectors] and h [rows, vectors], in vectors of 16 bytes. The threads of a block are kStripe columns
-// wide; those of a column share the rows out.
-template <class Element, bool kDReLU>
-__global__ void __launch_bounds__(kMaxThreads)
-    activation_kernel(int64_t rows, int64_t vectors, const uint4* gate_up_out, float threshold, const bool* is_padding,
-                      uint4* h, int64_t* counters, int32_t* row_active) {
-  wait_for_predecessor();
-  const int column = threadIdx.x % kStripe;
-  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kStripe + column;
-  const int64_t row_step = blockDim.x / kStripe;
+// Of lanes kStripe apart.
+__device__ __forceinline__ unsigned union_of_columns(unsigned bits) {
+#pragma unroll
+  for (int distance = kStripe; distance < kWarp; distance *= 2) bits |= __shfl_xor_sync(kAllLanes, bits, distance);
+  return bits;
+}
 
-  unsigned active = 0;  // a block would need 2^26 rows to overflow it
+// What the kernel is given: gate_up_out [rows, 2 * vectors] and h [rows, vectors], in vectors of 16 bytes.
+struct Activation {
+  int rows;
+  int vectors;
+  const uint4* gate_up_out;
+  float threshold;
+  const bool* is_padding;
+  uint4* h;
+  int64_t* counters;
+  int32_t* row_active;
+};
+
+// What a thread has counted; a block would need 2^26 rows to overflow it.
+struct Tally {
+  unsigned active = 0;
   unsigned in_union = 0;
   unsigned real_rows = 0;
-  unsigned counted_views[2] = {0, 0};
-  const bool inside = vector < vectors;
-  // Lanes outside take part in the sums over a row's lanes.
-  const unsigned row_lanes = ((1u << kStripe) - 1) << (threadIdx.x % kWarp / kStripe * kStripe);
-  for (int64_t first = threadIdx.x / kStripe; first < rows; first += kRowsInFlight * row_step) {
-    uint4 gates[kRowsInFlight] = {};
-    uint4 ups[kRowsInFlight] = {};
-    bool is_real[kRowsInFlight] = {};
+  unsigned views[2] = {0, 0};
+};
+
+// Rows `first`, `first` + `step` and so on, kRows of them, of one column of vectors.
+template <class Element, bool kDReLU, int kRows>
+__device__ __forceinline__ void activate_rows(const Activation& of, int vector, int first, int step, Tally& tally) {
+  const bool inside = vector < of.vectors;
+  uint4 gates[kRows] = {};
+  uint4 ups[kRows] = {};
+  bool is_real[kRows] = {};
 #pragma unroll
-    for (int i = 0; i < kRowsInFlight; ++i) {
-      const int64_t row = first + i * row_step;
-      if (inside && row < rows) {
-        gates[i] = gate_up_out[2 * row * vectors + vector];
-        ups[i] = gate_up_out[(2 * row + 1) * vectors + vector];
-        is_real[i] = !(is_padding && is_padding[row]);
-      }
+  for (int i = 0; i < kRows; ++i) {
+    const int row = first + i * step;
+    if (inside && row < of.rows) {
+      const uint4* gate = of.gate_up_out + 2 * (static_cast<int64_t>(row) * of.vectors) + vector;
+      gates[i] = gate[0];
+      ups[i] = gate[of.vectors];
+      is_real[i] = !(of.is_padding && of.is_padding[row]);
     }
+  }
 #pragma unroll
-    for (int i = 0; i < kRowsInFlight; ++i) {
-      const int64_t row = first + i * row_step;
-      unsigned bits = 0;
-      if (inside && row < rows) {
-        unsigned views[2];
-        const uint4 products = activate<Element, kDReLU>(gates[i], ups[i], threshold, bits, views);
-        h[row * vectors + vector] = is_real[i] ? products : uint4{};
-        if constexpr (kDReLU) {
+  for (int i = 0; i < kRows; ++i) {
+    const int row = first + i * step;
+    unsigned bits = 0;
+    if (inside && row < of.rows) {
+      unsigned views[2];
+      const uint4 products = activate<Element, kDReLU>(gates[i], ups[i], of.threshold, bits, views);
+      of.h[static_cast<int64_t>(row) * of.vectors + vector] = is_real[i] ? products : uint4{};
+      if constexpr (kDReLU) {
 #pragma unroll
-          for (int view = 0; view < 2; ++view) counted_views[view] += is_real[i] ? __popc(views[view]) : 0;
-        }
-        bits = is_real[i] ? bits : 0;
-        active += __popc(bits);
-        in_union |= bits;
-        real_rows += is_real[i];
+        for (int view = 0; view < 2; ++view) tally.views[view] += is_real[i] ? __popc(views[view]) : 0;
       }
-      if (row_active) {
-        unsigned of_row = __popc(bits);
+      bits = is_real[i] ? bits : 0;
+      tally.active += __popc(bits);
+      tally.in_union |= bits;
+      tally.real_rows += is_real[i];
+    }
+    if (of.row_active) {
+      // Lanes outside take part in the sums over a row's lanes.
+      const unsigned row_lanes = ((1u << kStripe) - 1) << (threadIdx.x % kWarp / kStripe * kStripe);
+      unsigned of_row = __popc(bits);
 #pragma unroll
-        for (int distance = 1; distance < kStripe; distance *= 2) of_row += __shfl_xor_sync(row_lanes, of_row, distance);
-        if (column == 0 && of_row) atomicAdd(row_active + row, static_cast<int>(of_row));
-      }
+      for (int distance = 1; distance < kStripe; distance *= 2) of_row += __shfl_xor_sync(row_lanes, of_row, distance);
+      if (threadIdx.x % kStripe == 0 && of_row) atomicAdd(of.row_active + row, static_cast<int>(of_row));
+    }
+  }
+}
+
+// The threads of a block are kStripe columns wide; those of a column share the rows out. Where each has one (kFew) the kernel is
+// short: its code comes from memory in every layer anew, where the weights have pushed it out of the caches.
+template <class Element, bool kDReLU, bool kFew>
+__global__ void __launch_bounds__(kMaxThreads) activation_kernel(Activation of) {
+  const int column = threadIdx.x % kStripe;
+  const int vector = blockIdx.x * kStripe + column;
+  const int first = threadIdx.x / kStripe;
+  Tally tally;
+  wait_for_predecessor();
+  if constexpr (kFew) {
+    activate_rows<Element, kDReLU, 1>(of, vector, first, 0, tally);
+  } else {
+    const int step = blockDim.x / kStripe;
+    for (int row = first; row < of.rows; row += kManyRows * step) {
+      activate_rows<Element, kDReLU, kManyRows>(of, vector, row, step, tally);
     }
   }
 
   if constexpr (kDReLU) {
 #pragma unroll
     for (int view = 0; view < 2; ++view) {
-      const unsigned sum = __reduce_add_sync(kAllLanes, counted_views[view]);
-      if (threadIdx.x % kWarp == 0 && sum > 0) add(counters + 5 + view, sum);
+      const unsigned sum = __reduce_add_sync(kAllLanes, tally.views[view]);
+      if (threadIdx.x % kWarp == 0 && sum > 0) add(of.counters + 5 + view, sum);
     }
   }
 
   // Every block has a first column and with it a count of the real rows; one block's is used.
-  active = __reduce_add_sync(kAllLanes, active);
-  real_rows = __reduce_add_sync(kAllLanes, column == 0 ? real_rows : 0);
-#pragma unroll
-  for (int distance = kStripe; distance < kWarp; distance *= 2) in_union |= __shfl_xor_sync(kAllLanes, in_union, distance);
+  unsigned active = __reduce_add_sync(kAllLanes, tally.active);
+  unsigned real_rows = __reduce_add_sync(kAllLanes, column == 0 ? tally.real_rows : 0);
+  unsigned in_union = union_of_columns(tally.in_union);
 
   constexpr int kMaxWarps = kMaxThreads / kWarp;
   __shared__ unsigned warp_active[kMaxWarps];
   __shared__ unsigned warp_real_rows[kMaxWarps];
-  __shared__ unsigned warp_union[kMaxWarps][kStripe];
+  __shared__ unsigned warp_union[kMaxWarps * kStripe];
   const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   const int warps = blockDim.x / kWarp;
@@ -149,37 +181,38 @@ __global__ void __launch_bounds__(kMaxThreads)
     warp_active[warp] = active;
     warp_real_rows[warp] = real_rows;
   }
-  if (lane < kStripe) warp_union[warp][lane] = in_union;
+  if (lane < kStripe) warp_union[warp * kStripe + lane] = in_union;
   __syncthreads();
   if (warp > 0) return;
 
   active = __reduce_add_sync(kAllLanes, lane < warps ? warp_active[lane] : 0);
   real_rows = __reduce_add_sync(kAllLanes, lane < warps ? warp_real_rows[lane] : 0);
   in_union = 0;
-  if (lane < kStripe) {
-    for (int i = 0; i < warps; ++i) in_union |= warp_union[i][lane];
-  }
-  const unsigned union_neurons = __reduce_add_sync(kAllLanes, static_cast<unsigned>(__popc(in_union)));
+#pragma unroll
+  for (int i = 0; i < kMaxWarps * kStripe; i += kWarp) in_union |= i + lane < warps * kStripe ? warp_union[i + lane] : 0;
+  in_union = union_of_columns(in_union);
+  const unsigned union_neurons = __reduce_add_sync(kAllLanes, lane < kStripe ? static_cast<unsigned>(__popc(in_union)) : 0);
   if (lane > 0) return;
-  add(counters + 1, active);
-  add(counters + 2, union_neurons);
+  add(of.counters + 1, active);
+  add(of.counters + 2, union_neurons);
   if (blockIdx.x == 0 && real_rows > 0) {
-    add(counters, real_rows);
-    add(counters + 3, 1);
-    if constexpr (kDReLU) add(counters + 4, real_rows);
+    add(of.counters, real_rows);
+    add(of.counters + 3, 1);
+    if constexpr (kDReLU) add(of.counters + 4, real_rows);
   }
 }
 
 template <class Element>
 cudaError_t launch_typed(const Shape& shape, const void* gate_up_out, float threshold, bool drelu, const bool* is_padding, void* h,
                          int64_t* counters, int32_t* row_active, cudaStream_t stream) {
-  const int64_t vectors = shape.d_ff * static_cast<int64_t>(sizeof(Element)) / static_cast<int64_t>(sizeof(uint4));
-  const int64_t stripes = (vectors + kStripe - 1) / kStripe;
-  const int64_t threads = std::min<int64_t>((shape.rows * kStripe + kWarp - 1) / kWarp * kWarp, kMaxThreads);
-  const auto kernel = drelu ? activation_kernel<Element, true> : activation_kernel<Element, false>;
-  return launch_early(kernel, dim3(static_cast<unsigned>(stripes)), dim3(static_cast<unsigned>(threads)), 0,
-                      stream, shape.rows, vectors, static_cast<const uint4*>(gate_up_out), threshold, is_padding,
-                      static_cast<uint4*>(h), counters, row_active);
+  const int vectors = static_cast<int>(shape.d_ff * static_cast<int64_t>(sizeof(Element)) / static_cast<int64_t>(sizeof(uint4)));
+  const int rows = static_cast<int>(shape.rows);
+  const int threads = std::min((rows * int64_t{kStripe} + kWarp - 1) / kWarp * kWarp, int64_t{kMaxThreads});
+  const auto few = drelu ? activation_kernel<Element, true, true> : activation_kernel<Element, false, true>;
+  const auto many = drelu ? activation_kernel<Element, true, false> : activation_kernel<Element, false, false>;
+  return launch_early(rows <= threads / kStripe ? few : many, dim3((vectors + kStripe - 1) / kStripe), dim3(threads), 0, stream,
+                      Activation{rows, vectors, static_cast<const uint4*>(gate_up_out), threshold, is_padding,
+                                 static_cast<uint4*>(h), counters, row_active});
 }
 
 }  // namespace
