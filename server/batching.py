@@ -45,6 +45,7 @@ def batching_settings(settings: Settings, folder: pathlib.Path) -> BatchingSetti
             "policy": settings.batching,
             "itl_slo_ms": settings.itl_slo_ms,
             "ttft_slo_ms": settings.ttft_slo_ms,
+            "max_unfairness_ms": settings.max_unfairness_ms,
             "report_to": str(folder / _SOCKET),
             "step_log": None if settings.step_log is None else str(settings.step_log.absolute()),
         }

@@ -117,6 +117,13 @@ class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
         allow_inf_nan=False,
         description="with --batching sparse: objective for the milliseconds to a request's first token",
     )
+    max_unfairness_ms: float = Field(
+        1000,
+        ge=0,
+        allow_inf_nan=False,
+        description="with --batching sparse and an objective: shorter prompts are let in before longer ones, but none before one"
+        " that came so many milliseconds earlier; 0 keeps the order in which they came",
+    )
     step_log: Path | None = Field(
         None,
         description="file that each of the engine's steps is appended to as a line of JSON: what it was made of, how long it"
@@ -195,8 +202,8 @@ class Settings(RequestLimits, AdmissionLimits, Recovery, BaseSettings):
         except ValidationError as error:
             raise UserError(_describe(error, flags)) from None
         _check_vllm_flags(settings.vllm_flags)
-        for name in ("itl_slo_ms", "ttft_slo_ms"):
-            if settings.batching == "fcfs" and getattr(settings, name) is not None:
+        for name in ("itl_slo_ms", "ttft_slo_ms", "max_unfairness_ms"):
+            if settings.batching == "fcfs" and getattr(settings, name) != cls.model_fields[name].default:
                 raise UserError(f"{flag_of(name)} is for --batching sparse. Give that as well, or leave it out.")
         return settings
 

@@ -84,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--itl-slo-ms", type=float, help="objective for 99 of 100 times between a request's tokens")
     parser.add_argument("--ttft-slo-ms", type=float, help="objective for the time to its first token")
     parser.add_argument(
+        "--max-unfairness-ms", type=float, help="how much earlier a longer prompt must have come to be read first"
+    )
+    parser.add_argument(
         "--corpus", default="stdlib", help="where the prompts of a checkpoint come from (default: stdlib)"
     )
     parser.add_argument(
@@ -123,7 +126,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     if arguments.clients and arguments.rate is not None:
         raise UserError("--rate is for --load, and with --clients there is none. Leave one of them out.")
     settings = []
-    for name in ("itl_slo_ms", "ttft_slo_ms"):
+    for name in ("itl_slo_ms", "ttft_slo_ms", "max_unfairness_ms"):
         if (value := getattr(arguments, name)) is not None:
             settings += [f"--{name.replace('_', '-')}", str(value)]
     return Plan(

@@ -32,10 +32,16 @@ class BatchingSettings(BaseModel):
     policy: Literal["fcfs", "sparse"] = "fcfs"
     itl_slo_ms: float | None = Field(None, gt=0)
     ttft_slo_ms: float | None = Field(None, gt=0)
+    max_unfairness_ms: float = Field(1000, ge=0)
     report_to: str | None = None
     """Path of the datagram socket that reports go to."""
     step_log: str | None = None
     """Path of the file that each step is appended to."""
+
+    @property
+    def has_objective(self) -> bool:
+        """Without one steps are those of first come, first served."""
+        return self.itl_slo_ms is not None or self.ttft_slo_ms is not None
 
     @classmethod
     def from_environment(cls) -> Self:

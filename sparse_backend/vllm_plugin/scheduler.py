@@ -12,9 +12,11 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -31,8 +33,9 @@ from sparse_backend.vllm_plugin.batching import (
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale
 from sparse_backend.vllm_plugin.densities import Densities
 from sparse_backend.vllm_plugin.plan import Decode, Planner, Prefill, step_shape
-from sparse_backend.vllm_plugin.row_counts import RowCountsReader, file_of
+from sparse_backend.vllm_plugin.row_counts import RowCountsReader, StepRecord, file_of
 from sparse_backend.vllm_plugin.snapshot import PATHS
+from sparse_backend.vllm_plugin.turns import TurnQueue, turn
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +77,13 @@ class SparseScheduler(AsyncScheduler):
         self._planner = Planner(self._settings, self._new_cost())
         self._under_way: deque[_Step] = deque()
         self._arrived: dict[str, float] = {}
+        # With vLLM's other policy requests come in the order of their priorities.
+        if self._settings.policy == "sparse" and self._settings.has_objective and self.policy == SchedulingPolicy.FCFS:
+            self.waiting = TurnQueue(self._turn)
         self._finished: list[FinishedRequest] = []
         self._done_at = 0.0
+        self._ended_at: int | None = None
+        """The step before, by the device's clock, nanoseconds."""
         self._idle = True
         self._after_prefill = False
         self._distrusted_for = 0
@@ -175,6 +183,11 @@ class SparseScheduler(AsyncScheduler):
         room = chunk if chunk < available else self._vllm_tokens
         self.max_num_scheduled_tokens = min(self._vllm_tokens, max(1, rows + room))
 
+    def _turn(self, request: Request) -> float:
+        trusted = self._fault is None and self._counts is not None
+        most_s = 1e-3 * self._settings.max_unfairness_ms if trusted else 0.0
+        return turn(self._arrived[request.request_id], request.num_prompt_tokens, most_s)
+
     def _unlimit(self) -> None:
         self.max_num_scheduled_tokens = self._vllm_tokens
         self.decisions["fcfs"] += 1
@@ -203,7 +216,15 @@ class SparseScheduler(AsyncScheduler):
 
     def _learn(self, output: SchedulerOutput, result: ModelRunnerOutput, step: _Step, now: float) -> None:
         fault: Fallback | None = None
-        seconds = now - (step.scheduled_at if step.after_idle else self._done_at)
+        record = None
+        if self._counts is not None:
+            record = self._counts.next_step(output.total_num_scheduled_tokens)
+            if record is None:
+                self._counts.catch_up()
+                fault = "counters"
+            else:
+                self._learn_densities(record.active / self._counts.facts["neurons"], output, result)
+        seconds = self._seconds(step, record, now)
         if self._step_log is not None:
             self._log(self._step_log, step, seconds)
         if not 0 < seconds < _LONGEST_STEP_S:
@@ -211,9 +232,16 @@ class SparseScheduler(AsyncScheduler):
         elif not (step.after_idle and self.scheduler_config.async_scheduling):
             # Steps overlap with the host's work, but not the first one after a pause.
             self._planner.cost.observe(step.shape, seconds)
-        if self._counts is not None and not self._learn_densities(self._counts, output, result):
-            fault = "counters"
         self._trust(fault)
+
+    def _seconds(self, step: _Step, record: StepRecord | None, now: float) -> float:
+        """From the end of the step before to this one's end, both on the device; after a pause, or without records, on the host."""
+        before, self._ended_at = self._ended_at, None if record is None else record.ended_at
+        if step.after_idle:
+            return now - step.scheduled_at
+        if before is None or record is None:
+            return now - self._done_at
+        return 1e-9 * (record.ended_at - before)
 
     def _log(self, log: StepLog, step: _Step, seconds: float) -> None:
         cost = self._planner.cost
@@ -228,20 +256,16 @@ class SparseScheduler(AsyncScheduler):
             }
         )
 
-    def _learn_densities(self, source: RowCountsReader, output: SchedulerOutput, result: ModelRunnerOutput) -> bool:
-        counts = source.next_step(output.total_num_scheduled_tokens)
-        if counts is None:
-            source.catch_up()
-            return False
-        densities = (counts / source.facts["neurons"]).tolist()
+    def _learn_densities(
+        self, densities: npt.NDArray[np.float64], output: SchedulerOutput, result: ModelRunnerOutput
+    ) -> None:
         start = 0
         for identity in result.req_ids:
             end = start + output.num_scheduled_tokens[identity]
             # One that finished while the step was under way is forgotten already.
             if identity in self.requests:
-                self._densities.observe(identity, densities[start:end])
+                self._densities.observe(identity, densities[start:end].tolist())
             start = end
-        return True
 
     def _trust(self, fault: Fallback | None) -> None:
         if fault is None:

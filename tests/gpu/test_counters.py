@@ -1,6 +1,7 @@
 """The counters on a GPU: a plain count of the gate values compared, whose sides of the threshold float64 confirms."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from sparse_backend.ffn import counters, gated_activation, native, op, reference
 from sparse_backend.ffn.counters import ROWS, SPARSE, STEPS, UNION
+from sparse_backend.vllm_plugin import device_clock
 from sparse_backend.vllm_plugin.row_counts import RowCountsReader, RowCountsWriter
 from tests.ffn.layers import ALL_DENSE, ALL_SPARSE, Case
 from tests.gpu.device import NEEDS_GPU, both_dtypes, both_paths, index_of, padding
@@ -221,11 +223,35 @@ def test_row_counts_of_a_replayed_graph_reach_shared_memory(shared_file: Path) -
     counted.zero_()
     writer.reset()
     of_row = reference.active_neurons(case.gates(ALL_SPARSE), case.threshold).sum(dim=1).tolist()
+    ended_at = []
+    began = time.perf_counter_ns()
     for _ in range(20):
         graph.replay()
         writer.publish()
         torch.cuda.synchronize()
-        assert reader.next_step(5).tolist() == of_row
+        step = reader.next_step(5)
+        assert step.active.tolist() == of_row
+        ended_at.append(step.ended_at)
+    took = time.perf_counter_ns() - began
+    assert ended_at == sorted(ended_at)
+    assert 0 < ended_at[-1] - ended_at[0] < took
+
+
+def test_the_devices_clock_is_read_between_its_kernels() -> None:
+    readings = torch.zeros(3, dtype=torch.int64, device="cuda")
+    start, middle, end = readings.split(1)
+    device_clock.read(start)  # compiled
+    torch.cuda.synchronize()
+    began = time.perf_counter_ns()
+    device_clock.read(start)
+    torch.cuda._sleep(100_000_000)  # cycles, some 50 ms
+    device_clock.read(middle)
+    device_clock.read(end)
+    launched = time.perf_counter_ns() - began
+    torch.cuda.synchronize()
+    took = time.perf_counter_ns() - began
+    assert launched < int(middle - start) < took
+    assert 0 <= int(end - middle) < 1_000_000
 
 
 @both_paths

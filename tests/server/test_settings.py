@@ -220,7 +220,7 @@ def test_help_shows_the_choices():
     assert "--port PORT" in help_text
 
 
-@pytest.mark.parametrize("flag", ["itl_slo_ms", "ttft_slo_ms"])
+@pytest.mark.parametrize("flag", ["itl_slo_ms", "ttft_slo_ms", "max_unfairness_ms"])
 def test_objectives_without_the_policy_that_keeps_them_are_refused(flag):
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is for --batching sparse"):
         Settings.load({"model": "m", flag: "20"})

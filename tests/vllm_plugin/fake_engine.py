@@ -56,8 +56,13 @@ class FakeEngine:
     """Whether the worker counts rows."""
     seconds: Callable[[int], float] = lambda tokens: 2e-3 + 1e-4 * tokens
     """How long a step of so many tokens takes."""
+    host_seconds: Callable[[int], float] | None = None
+    """How much later than of the one before the host learns of its end; None: as much."""
     densities: dict[str, float] = field(default_factory=dict)
     now: float = 1000.0
+    """Seconds, on the host."""
+    ended_at: float = 5000.0
+    """Seconds, on the device: when the last step launched will have ended."""
     steps: list[SchedulerOutput] = field(default_factory=list)
     admitted_at: dict[str, float] = field(default_factory=dict)
     finished_at: dict[str, float] = field(default_factory=dict)
@@ -80,6 +85,7 @@ class FakeEngine:
                 self.counters,
                 self.row_active,
                 {"neurons": NEURONS, "max_sparse_rows": [4], "sparse_us": self.sparse_us, "dense_us": []},
+                read_clock=lambda nanoseconds: nanoseconds.fill_(round(1e9 * self.ended_at)),
             )
         self.config.cache_config.num_gpu_blocks = self.blocks
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
@@ -121,7 +127,7 @@ class FakeEngine:
         if not self._pipeline:
             return
         output, result = self._pipeline.popleft()
-        self.now += self.seconds(output.total_num_scheduled_tokens)
+        self.now += (self.host_seconds or self.seconds)(output.total_num_scheduled_tokens)
         self.scheduler.update_from_output(output, result)
         for name in output.num_scheduled_tokens:
             if name not in self.scheduler.requests:
@@ -148,6 +154,7 @@ class FakeEngine:
             sampled.append([] if request.is_prefill_chunk else [7])
         self.counters[DENSE, ROWS] += row
         self.counters[DENSE, STEPS] += 1
+        self.ended_at += self.seconds(row)
         if self.counting:
             self.writer.publish()
         return ModelRunnerOutput(

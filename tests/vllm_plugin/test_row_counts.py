@@ -1,5 +1,6 @@
 """Row counts from the worker to the scheduler, both ends in one process."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from sparse_backend.ffn import counters
 from sparse_backend.ffn.counters import DENSE, ROWS, SPARSE, STEPS
+from sparse_backend.vllm_plugin import device_clock
 from sparse_backend.vllm_plugin.row_counts import RowCountsReader, RowCountsWriter, WorkerFacts
 
 FACTS: WorkerFacts = {"neurons": 100, "max_sparse_rows": [4], "sparse_us": [(1, 0.1, 20.0)], "dense_us": [(1, 70.0)]}
@@ -18,13 +20,17 @@ class Worker:
     def __init__(self, file: Path, *, drelu: bool = False) -> None:
         self.counters = counters.new_counters(drelu=drelu)
         self.row_active = torch.zeros(16, dtype=torch.int32)
-        self.writer = RowCountsWriter(file, self.counters, self.row_active, FACTS)
+        self.now = 0
+        self.writer = RowCountsWriter(
+            file, self.counters, self.row_active, FACTS, read_clock=lambda nanoseconds: nanoseconds.fill_(self.now)
+        )
 
     def step(self, *active: int, path: int = DENSE) -> None:
         """One step whose rows activate so many neurons each."""
         self.row_active[: len(active)] += torch.tensor(active, dtype=torch.int32)
         self.counters[path, ROWS] += len(active)
         self.counters[path, STEPS] += 1
+        self.now += 1000 * len(active)
         self.writer.publish()
 
 
@@ -43,21 +49,24 @@ def test_each_step_is_told_apart_also_if_the_worker_is_ahead(ends: tuple[Worker,
     worker, reader = ends
     steps = [(5, 7), (1,), (2, 3, 4), (9,), (1, 1)]
     worker.step(*steps[0])
+    ended_at = 0
     for now, following in zip(steps, [*steps[1:], (0,)], strict=True):
         worker.step(*following, path=SPARSE)
         worker.writer.publish()  # once more for the same step, as for the log-probabilities of a prompt
-        counts = reader.next_step(len(now))
-        assert counts is not None
-        assert counts.tolist() == list(now)
+        step = reader.next_step(len(now))
+        assert step is not None
+        assert step.active.tolist() == list(now)
+        ended_at += 1000 * len(now)
+        assert step.ended_at == ended_at
 
 
 def test_counts_wrap_around(ends: tuple[Worker, RowCountsReader]) -> None:
     worker, reader = ends
     for _ in range(3):
         worker.step(2**31 - 1)
-        counts = reader.next_step(1)
-        assert counts is not None
-        assert counts.tolist() == [2**31 - 1]
+        step = reader.next_step(1)
+        assert step is not None
+        assert step.active.tolist() == [2**31 - 1]
 
 
 def test_what_is_missing_is_none_until_caught_up(ends: tuple[Worker, RowCountsReader]) -> None:
@@ -70,9 +79,9 @@ def test_what_is_missing_is_none_until_caught_up(ends: tuple[Worker, RowCountsRe
     assert reader.next_step(2) is None, "another number of rows"
     reader.catch_up()
     worker.step(8)
-    counts = reader.next_step(1)
-    assert counts is not None
-    assert counts.tolist() == [8]
+    step = reader.next_step(1)
+    assert step is not None
+    assert step.active.tolist() == [8]
 
 
 def test_a_reset_starts_anew(tmp_path: Path) -> None:
@@ -83,9 +92,16 @@ def test_a_reset_starts_anew(tmp_path: Path) -> None:
     worker.counters.zero_()
     worker.writer.reset()
     worker.step(6)
-    counts = reader.next_step(1)
-    assert counts is not None
-    assert counts.tolist() == [6]
+    step = reader.next_step(1)
+    assert step is not None
+    assert step.active.tolist() == [6]
+
+
+def test_the_clock_of_a_cpu_is_the_hosts() -> None:
+    reading = torch.zeros(1, dtype=torch.int64)
+    before = time.perf_counter_ns()
+    device_clock.read(reading)
+    assert before <= int(reading) <= time.perf_counter_ns()
 
 
 def test_files_that_are_there_or_not_are_errors(tmp_path: Path) -> None:

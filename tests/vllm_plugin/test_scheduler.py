@@ -27,6 +27,7 @@ policies = st.builds(
     policy=st.sampled_from(["fcfs", "sparse"]),
     itl_slo_ms=st.none() | st.floats(0.1, 50),
     ttft_slo_ms=st.none() | st.floats(1, 500),
+    max_unfairness_ms=st.sampled_from([0.0, 20.0, 1000.0]),
 )
 
 
@@ -235,6 +236,26 @@ def test_the_step_log_has_each_step_as_it_was_and_as_it_was_predicted(config: Vl
     # Nothing has been learnt before the first.
     first = StepShape(**{field.name: steps[0][field.name] for field in dataclasses.fields(StepShape)})
     assert steps[0]["predicted"] == StepCost(LayerTable([], []), scale=1, max_sparse_rows=4).seconds(first)
+
+
+@pytest.mark.parametrize("counting", [True, False])
+def test_a_step_took_what_it_took_on_the_device_whenever_the_host_learnt_of_it(
+    config: VllmConfig, tmp_path: Path, counting: bool
+) -> None:
+    log = tmp_path / "steps.jsonl"
+    engine = FakeEngine(
+        config,
+        BatchingSettings(step_log=str(log)),
+        counting=counting,
+        seconds=lambda tokens: 1e-3 * tokens,
+        host_seconds=lambda tokens: 0.01,
+    )
+    run_through(engine, [(0, 40, 3, 0.1), (1, 9, 3, 0.1)], depth=2)
+    engine.scheduler.shutdown()
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [step["after_idle"] for step in steps[:3]] == [True, False, False]
+    for step in steps[1:]:
+        assert step["seconds"] == pytest.approx(1e-3 * step["rows"] if counting else 0.01)
 
 
 def test_steps_go_on_where_the_step_log_cannot_be_written(
