@@ -20,7 +20,7 @@ SETTINGS_VARIABLE = "PROSPARSE_BATCHING_SETTINGS"
 SCHEDULER = "sparse_backend.vllm_plugin.scheduler.SparseScheduler"
 """The scheduler class, by the name vLLM finds it under."""
 
-Decision = Literal["admit", "chunk_full", "chunk_cut", "fcfs"]
+Decision = Literal["admit", "chunk_full", "chunk_cut", "hold_back", "fcfs"]
 Fallback = Literal["counters", "clock"]
 
 

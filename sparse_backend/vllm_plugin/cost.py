@@ -1,16 +1,16 @@
 """How long a step takes: a model that starts from the kernels' measured tables and is fitted to the steps of the running engine.
 
-Dense and sparse steps follow different laws, so each path has a fit of its own. Both are sums of non-negative terms: a step never
-gets shorter by carrying more, and what has not been seen yet is extrapolated upwards. Residuals are relative, outliers are
-bounded (Huber), and each size of step keeps its own recent samples, so that the many small steps do not make the model forget
-the few large ones. What changes for all steps alike, such as another program on the machine, is followed by a factor.
+Steps that read prompts, and sparse and dense ones that only decode, follow different laws, so each kind has a fit of its own. All
+are sums of non-negative terms: a step never gets shorter by carrying more, and what has not been seen yet is extrapolated upwards.
+Residuals are relative, outliers are bounded (Huber), and each size of step keeps its own recent samples, so that the many small
+steps do not make the model forget the few large ones. What changes for all steps alike, such as another program on the machine, is followed by a factor.
 """
 
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ _PRIOR_SAMPLES = 1.0  # what the starting point weighs, for each coefficient
 _PACE_SAMPLES = 9
 _PACE_LIMITS = 0.5, 2.0
 _ERRORS = 256
+_STEPS_TO_KNOW = 64
 _MOST = 0.9
 _KNEES = 64, 256  # rows from which on a dense product is limited by arithmetic more and more
 
@@ -92,25 +93,32 @@ def _sparse_terms(step: StepShape) -> list[float]:
 
 
 def _dense_terms(step: StepShape) -> list[float]:
-    return [
-        1.0,
-        float(step.rows),
-        *(float(max(0, step.rows - knee)) for knee in _KNEES),
-        float(step.prefill_tokens > 0),
-        step.context * 1e-6,
-        step.prefill_context * 1e-6,
-        float(step.after_prefill),
-    ]
+    return [*_row_terms(step), step.context * 1e-6, float(step.after_prefill)]
 
 
-_TERMS = {"sparse": _sparse_terms, "dense": _dense_terms}
+def _prompt_terms(step: StepShape) -> list[float]:
+    # Beside prompts, which the attention kernel is launched for, a decoding row and its context cost more than by themselves.
+    decoding = float(step.rows - step.prefill_tokens)
+    return [*_dense_terms(step), decoding, step.prefill_context * 1e-6]
 
-_Size = tuple[int, bool]
-"""Bits of the number of rows, and whether prompts are read."""
+
+def _row_terms(step: StepShape) -> list[float]:
+    return [1.0, float(step.rows), *(float(max(0, step.rows - knee)) for knee in _KNEES)]
+
+
+_Kind = Literal["sparse", "dense", "prompts"]
+_TERMS: dict[_Kind, Callable[[StepShape], list[float]]] = {
+    "sparse": _sparse_terms,
+    "dense": _dense_terms,
+    "prompts": _prompt_terms,
+}
+
+_Size = int
+"""Bits of the number of rows."""
 
 
 def _size(step: StepShape) -> _Size:
-    return step.rows.bit_length(), step.prefill_tokens > 0
+    return step.rows.bit_length()
 
 
 class StepCost:
@@ -128,7 +136,8 @@ class StepCost:
             max_sparse_rows: steps of at most this many rows take the sparse path.
         """
         self._max_sparse_rows = max_sparse_rows
-        self._fits = {path: _PathFit(_prior(path, table, scale)) for path in PATHS}
+        self._fits = {kind: _Fit(_prior(kind, table, scale)) for kind in get_args(_Kind)}
+        self._errors: dict[Path, deque[float]] = {path: deque(maxlen=_ERRORS) for path in PATHS}
 
     def path(self, step: StepShape) -> Path:
         """The path a step takes."""
@@ -136,39 +145,52 @@ class StepCost:
 
     def seconds(self, step: StepShape) -> float:
         """How long the step will take."""
-        path = self.path(step)
-        return self._fits[path].seconds(_TERMS[path](step))
+        kind = self._kind(step)
+        return self._fits[kind].seconds(_TERMS[kind](step))
 
     def most_seconds(self, step: StepShape) -> float:
         """What nine of ten steps of about its size stay below."""
-        path = self.path(step)
-        return self._fits[path].most_seconds(_TERMS[path](step), _size(step))
+        kind = self._kind(step)
+        return self._fits[kind].most_seconds(_TERMS[kind](step), _size(step))
+
+    def knows(self, step: StepShape) -> bool:
+        """Whether enough steps of its kind have been seen to choose by what is predicted of it."""
+        return self._fits[self._kind(step)].observed >= _STEPS_TO_KNOW
 
     def observe(self, step: StepShape, seconds: float) -> None:
         """Learn how long a step took; it also enters the error of the predictions."""
-        path = self.path(step)
-        self._fits[path].observe(_TERMS[path](step), _size(step), seconds)
+        kind = self._kind(step)
+        terms = _TERMS[kind](step)
+        self._errors[self.path(step)].append(abs(self._fits[kind].seconds(terms) / seconds - 1))
+        self._fits[kind].observe(terms, _size(step), seconds)
 
     def error(self, path: Path) -> float | None:
         """Median of |predicted - taken| / taken over a path's last steps, predicted before they ran; None without any."""
-        return self._fits[path].error()
+        errors = self._errors[path]
+        return statistics.median(errors) if errors else None
+
+    def _kind(self, step: StepShape) -> _Kind:
+        return "prompts" if step.prefill_tokens else self.path(step)
 
 
-def _prior(path: Path, table: LayerTable, scale: float) -> Vector:
+def _prior(kind: _Kind, table: LayerTable, scale: float) -> Vector:
     """Coefficients in seconds: a least-squares fit to the table; a millisecond per step where there is none."""
-    if path == "sparse" and table.sparse:
-        terms = np.array([_sparse_terms(StepShape(rows, union=union)) for rows, union, _ in table.sparse])
+    if kind == "sparse":
+        steps = [StepShape(rows, union=union) for rows, union, _ in table.sparse]
         times = np.array([us for _, _, us in table.sparse])
-    elif path == "dense" and table.dense:
-        terms = np.array([_dense_terms(StepShape(rows)) for rows, _ in table.dense])
-        times = np.array([us for _, us in table.dense])
     else:
-        return np.array([1e-3] + [0.0] * (len(_TERMS[path](StepShape(1))) - 1))
+        steps = [StepShape(rows, rows if kind == "prompts" else 0) for rows, _ in table.dense]
+        times = np.array([us for _, us in table.dense])
+    if not steps:
+        return np.array([1e-3] + [0.0] * (len(_TERMS[kind](StepShape(1))) - 1))
+    terms = np.array([_TERMS[kind](step) for step in steps])
     weighted = terms / times[:, None]
     return _nonnegative(weighted.T @ weighted, weighted.sum(axis=0)) * scale * 1e-6
 
 
-class _PathFit:
+class _Fit:
+    """Of one kind of steps."""
+
     def __init__(self, prior: Vector) -> None:
         self._prior = prior
         self._coefficients = prior
@@ -180,39 +202,31 @@ class _PathFit:
         """Terms over seconds: what a perfect fit maps to 1. Rings of ``_SAMPLES_PER_SIZE``, one for each size of step."""
         self._latest: deque[Vector] = deque(maxlen=_PACE_SAMPLES)
         """The same, of the latest steps whatever their size."""
-        self._errors: deque[float] = deque(maxlen=_ERRORS)
         self._pace = 1.0
         self._excess: dict[_Size, float] = {}
         """What nine of ten steps of a size took, over their prediction; at least 1. Sizes with enough samples."""
         self._fitted_at: dict[_Size, int] = {}
         """How many samples of each size there were then."""
-        self._observed = 0
+        self.observed = 0
 
     def seconds(self, terms: list[float]) -> float:
         return float(self._coefficients @ terms) * self._pace
 
     def most_seconds(self, terms: list[float], size: _Size) -> float:
-        # Of the nearest size, of those that read prompts if it does: small steps, which wait for the host now and then, say
-        # nothing of large ones.
-        nearest = min(
-            self._excess, key=lambda known: (known[1] != size[1], abs(known[0] - size[0]), -known[0]), default=None
-        )
+        # Of the nearest size: small steps, which wait for the host now and then, say nothing of large ones.
+        nearest = min(self._excess, key=lambda known: (abs(known - size), -known), default=None)
         return self.seconds(terms) * (1.0 if nearest is None else self._excess[nearest])
 
     def observe(self, terms: list[float], size: _Size, seconds: float) -> None:
-        self._errors.append(abs(self.seconds(terms) / seconds - 1))
         sample = np.array(terms) / seconds
         self._keep(sample, size)
         self._latest.append(sample)
-        self._observed += 1
-        if self._observed % (_REFIT_AT_FIRST if self._observed < _REFIT_EVERY else _REFIT_EVERY) == 0:
+        self.observed += 1
+        if self.observed % (_REFIT_AT_FIRST if self.observed < _REFIT_EVERY else _REFIT_EVERY) == 0:
             self._refit()
         if len(self._latest) == _PACE_SAMPLES:
             low, high = _PACE_LIMITS
             self._pace = min(max(1 / max(float(np.median(self._latest @ self._coefficients)), 1e-9), low), high)
-
-    def error(self) -> float | None:
-        return statistics.median(self._errors) if self._errors else None
 
     def _keep(self, sample: Vector, size: _Size) -> None:
         place = self._places.get(size)

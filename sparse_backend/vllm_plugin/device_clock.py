@@ -1,7 +1,8 @@
 """The time on the device, between two of its kernels.
 
-With asynchronous scheduling the host launches a step while the one before still runs, and learns late that a step has ended: a step
-of more rows than CUDA graphs are captured for takes it some 25 ms to launch, and seen from the host the step before took those.
+With asynchronous scheduling the host launches a step while the one before still runs, and learns late that a step has ended: a
+step of more rows than CUDA graphs are captured for takes it some 25 ms to launch, and seen from the host the step before took
+those.
 """
 
 import time
@@ -11,7 +12,7 @@ from vllm.triton_utils import tl, triton
 
 
 @triton.jit
-def _read(nanoseconds):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - compiled for the GPU
+def _read(nanoseconds):  # type: ignore[no-untyped-def]
     tl.store(nanoseconds, tl.extra.cuda.globaltimer())
 
 

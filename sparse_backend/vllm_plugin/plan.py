@@ -1,15 +1,18 @@
-"""How many prompt tokens a step is to carry beside its decodes. Plain data in and out: nothing here knows vLLM."""
+"""What a step is to carry: how many prompt tokens, and whether decodes beside them. Plain data in and out: nothing knows vLLM."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from sparse_backend.vllm_plugin.batching import BatchingSettings
 from sparse_backend.vllm_plugin.cost import StepCost, StepShape, union_of
 
 # Tokens of prompts that every step carries, or waiting requests would starve where objectives cannot be met.
 _LEAST_CHUNK = 64
-_HEADROOM = 0.95  # of the objective; the rest is for the way to the client
+# Of the objective; the rest is for the way to the client, which takes longest where steps do.
+_HEADROOM = 0.85
+# Predicted prompt tokens per second with steps of their own, over those beside decodes: less is within what predictions miss.
+_LEAST_GAIN = 1.03
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,32 @@ class Prefill:
     waited_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """Of the next step."""
+
+    prompt_tokens: int
+    """At most."""
+    decodes: bool = True
+    """Whether running requests get a token, or wait for the step after it."""
+
+
 def step_shape(
     decodes: Sequence[Decode], prefills: Sequence[Prefill], chunk: int, after_prefill: bool = False
 ) -> StepShape:
     """The step that carries all decodes and the first ``chunk`` prompt tokens of ``prefills``."""
-    rows = sum(decode.rows for decode in decodes)
+    return _with_prompts(_decoding(decodes, after_prefill), prefills, chunk)
+
+
+def _decoding(decodes: Sequence[Decode], after_prefill: bool) -> StepShape:
+    densities = [decode.density for decode in decodes for _ in range(decode.rows)]
     context = sum(decode.context for decode in decodes)
+    return StepShape(len(densities), context=context, union=union_of(densities), after_prefill=after_prefill)
+
+
+def _with_prompts(step: StepShape, prefills: Sequence[Prefill], chunk: int) -> StepShape:
     if not chunk:
-        densities = [decode.density for decode in decodes for _ in range(decode.rows)]
-        return StepShape(rows, context=context, union=union_of(densities), after_prefill=after_prefill)
+        return step
     left, prefill_context = chunk, 0
     for prefill in prefills:
         tokens = min(left, prefill.tokens)
@@ -50,50 +70,93 @@ def step_shape(
         left -= tokens
         if not left:
             break
-    return StepShape(rows + chunk, chunk, context, prefill_context, after_prefill=after_prefill)
+    return replace(step, rows=step.rows + chunk, prefill_tokens=chunk, prefill_context=prefill_context, union=1.0)
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Keeps the objectives by the step's predicted time."""
+    """Keeps the objectives by the step's predicted time, and reads prompts as fast as they allow."""
 
     settings: BatchingSettings
     cost: StepCost
 
-    def chunk(
-        self, decodes: Sequence[Decode], prefills: Sequence[Prefill], available: int, after_prefill: bool = False
-    ) -> int:
-        """The most prompt tokens, of ``available``, with which the next step keeps the ITL objective.
+    def plan(
+        self,
+        decodes: Sequence[Decode],
+        prefills: Sequence[Prefill],
+        available: int,
+        *,
+        after_prefill: bool = False,
+        held_back: bool = False,
+    ) -> StepPlan:
+        """The next step.
 
-        All of them without an objective, or without decodes that would wait for them. At least 64, or all: where the objective
-        is out of reach nobody is to starve for it.
+        Prompts share it with the decodes, or have it for themselves and the decodes the one after: the same tokens in two
+        steps. Attention to many decodes' contexts is slower in one launch with prompts, weights are read once more in two
+        steps; which is faster is predicted. Either way a piece is as large as the ITL objective leaves room for, all of
+        ``available`` without one.
+
+        Args:
+            decodes: running requests that would get a token.
+            prefills: those with prompt tokens to read, first come first.
+            available: prompt tokens there are to read.
+            after_prefill: whether the step before read prompts.
+            held_back: whether the step before left decodes out.
         """
+        if not decodes or not available:
+            return StepPlan(available)
+        if held_back:
+            return StepPlan(0)
+        decoding, nothing = _decoding(decodes, after_prefill), StepShape(0, after_prefill=after_prefill)
+        afterwards = replace(decoding, after_prefill=True)
+
+        def together(chunk: int) -> list[StepShape]:
+            return [_with_prompts(decoding, prefills, chunk)]
+
+        def apart(chunk: int) -> list[StepShape]:
+            return [_with_prompts(nothing, prefills, chunk), afterwards]
+
+        beside = self._most(together, available) or self._due(prefills, available, together)
+        if all(self.cost.knows(step) for step in apart(beside)):
+            alone = self._most(apart, available)
+            if self._rate(apart, alone) > _LEAST_GAIN * self._rate(together, beside):
+                return StepPlan(alone, decodes=False)
+        return StepPlan(beside)
+
+    def _most(self, steps: Callable[[int], list[StepShape]], available: int) -> int:
+        """The most prompt tokens with which the steps together keep the ITL objective; 0 if 64 do not, or all of fewer."""
         objective = self.settings.itl_slo_ms
-        if objective is None or not decodes:
+        if objective is None or available <= _LEAST_CHUNK:
             return available
         limit = objective * 1e-3 * _HEADROOM
 
         def keeps(chunk: int) -> bool:
-            return self.cost.most_seconds(step_shape(decodes, prefills, chunk, after_prefill)) <= limit
+            return sum(map(self.cost.most_seconds, steps(chunk))) <= limit
 
-        if available <= _LEAST_CHUNK:
-            return available
         low = high = available
         # From above: where the times of small steps vary most, a larger one may keep what the least does not.
         while not keeps(low):
             if low == _LEAST_CHUNK:
-                return min(available, max(_LEAST_CHUNK, self._due(decodes, prefills, after_prefill)))
+                return 0
             low, high = max(_LEAST_CHUNK, low // 2), low
         while high - low > max(8, low // 32):
             middle = (low + high) // 2
             low, high = (middle, high) if keeps(middle) else (low, middle)
         return low
 
-    def _due(self, decodes: Sequence[Decode], prefills: Sequence[Prefill], after_prefill: bool) -> int:
-        """Where the ITL objective is out of reach: prompt tokens per step with which the first one keeps the TTFT objective."""
+    def _rate(self, steps: Callable[[int], list[StepShape]], chunk: int) -> float:
+        """Prompt tokens per second."""
+        return chunk / sum(map(self.cost.seconds, steps(chunk)))
+
+    def _due(self, prefills: Sequence[Prefill], available: int, steps: Callable[[int], list[StepShape]]) -> int:
+        """Where the ITL objective is out of reach: prompt tokens per step with which the first one keeps the TTFT objective.
+
+        At least 64, or all: nobody is to starve for an objective.
+        """
         if self.settings.ttft_slo_ms is None:
-            return 0
+            return min(available, _LEAST_CHUNK)
         first = prefills[0]
         left = self.settings.ttft_slo_ms * 1e-3 - first.waited_s
-        step = self.cost.seconds(step_shape(decodes, prefills, _LEAST_CHUNK, after_prefill))
-        return first.tokens if left <= step else math.ceil(first.tokens * step / left)
+        step = sum(map(self.cost.seconds, steps(_LEAST_CHUNK)))
+        due = first.tokens if left <= step else math.ceil(first.tokens * step / left)
+        return min(available, max(_LEAST_CHUNK, due))

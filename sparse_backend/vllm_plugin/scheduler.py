@@ -6,6 +6,7 @@ own limit holds: first come, first served.
 
 import dataclasses
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable
@@ -32,7 +33,7 @@ from sparse_backend.vllm_plugin.batching import (
 )
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale
 from sparse_backend.vllm_plugin.densities import Densities
-from sparse_backend.vllm_plugin.plan import Decode, Planner, Prefill, step_shape
+from sparse_backend.vllm_plugin.plan import Decode, Planner, Prefill, StepPlan, step_shape
 from sparse_backend.vllm_plugin.row_counts import RowCountsReader, StepRecord, file_of
 from sparse_backend.vllm_plugin.snapshot import PATHS
 from sparse_backend.vllm_plugin.turns import TurnQueue, turn
@@ -86,6 +87,10 @@ class SparseScheduler(AsyncScheduler):
         """The step before, by the device's clock, nanoseconds."""
         self._idle = True
         self._after_prefill = False
+        self._held_back = False
+        """Whether the step before left decodes out."""
+        self._hold_back_from = 0
+        """From which step on that may be done; later, where it was in vain."""
         self._distrusted_for = 0
         self._fault: Fallback | None = None
         self._warned: set[Fallback] = set()
@@ -111,10 +116,12 @@ class SparseScheduler(AsyncScheduler):
         if self._settings.policy == "fcfs":
             pass
         elif self._fault is None and self._counts is not None:
-            self._limit(now)
+            self._held_back = self._limit(now, may_hold_back=not throttle_prefills)
         else:
             self._unlimit()
         output = super().schedule(throttle_prefills)
+        if self._held_back and not output.total_num_scheduled_tokens:
+            self._hold_back_from = self.current_step + _STEPS_TO_TRUST
         if self._settings.policy == "sparse":
             self.decisions["admit"] += max(0, waiting - len(self.waiting))
         if output.total_num_scheduled_tokens:
@@ -157,7 +164,8 @@ class SparseScheduler(AsyncScheduler):
 
     # ---- before a step -------------------------------------------------------------------------------------------------------
 
-    def _limit(self, now: float) -> None:
+    def _limit(self, now: float, *, may_hold_back: bool) -> bool:
+        """Set the limit; returns whether decodes are left out."""
         # Decodes first: they must not be left without tokens by a prompt ahead of them.
         self.running.sort(key=lambda request: request.is_prefill_chunk)
         decodes, prefills = [], []
@@ -165,7 +173,7 @@ class SparseScheduler(AsyncScheduler):
             tokens = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
             if request.is_prefill_chunk:
                 prefills.append(self._prefill(request, tokens, now))
-            elif tokens > 0:
+            elif tokens > 0 and not self._has_its_last(request):
                 decodes.append(Decode(request.num_computed_tokens, self._density(request), tokens))
         available = sum(prefill.tokens for prefill in prefills)
         for request in self.waiting:
@@ -175,13 +183,40 @@ class SparseScheduler(AsyncScheduler):
             prefills.append(self._prefill(request, request.num_tokens, now))
             available += request.num_tokens
         available = min(available, self._vllm_tokens)
-        chunk = self._planner.chunk(decodes, prefills, available, self._after_prefill)
+        plan = self._planner.plan(
+            decodes, prefills, available, after_prefill=self._after_prefill, held_back=self._held_back
+        )
+        if not plan.decodes and not (may_hold_back and self._can_read()):
+            plan = StepPlan(plan.prompt_tokens)
         if available:
-            self.decisions["chunk_cut" if chunk < available else "chunk_full"] += 1
-        rows = sum(decode.rows for decode in decodes)
+            self.decisions["chunk_cut" if plan.prompt_tokens < available else "chunk_full"] += 1
         # What the prompts leave of an uncut step may be used up: a cached prefix makes a prompt shorter than it looks.
-        room = chunk if chunk < available else self._vllm_tokens
+        room = plan.prompt_tokens if plan.prompt_tokens < available else self._vllm_tokens
+        rows = sum(decode.rows for decode in decodes) if plan.decodes else 0
         self.max_num_scheduled_tokens = min(self._vllm_tokens, max(1, rows + room))
+        if plan.decodes:
+            return False
+        self.decisions["hold_back"] += 1
+        for request in self.running:
+            if not request.is_prefill_chunk:
+                # vLLM counts its steps from one, and is about to begin the next.
+                request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
+        return True
+
+    def _has_its_last(self, request: Request) -> bool:
+        """Whether the step under way gives it its last token, as vLLM sees it."""
+        computed = request.num_computed_tokens + 2 - request.num_output_placeholders
+        return request.num_output_placeholders > 0 and computed >= request.num_prompt_tokens + request.max_tokens
+
+    def _can_read(self) -> bool:
+        """Whether there is memory and a place for a prompt; a step that holds decodes back for none is lost."""
+        if self.current_step < self._hold_back_from:
+            return False
+        if any(request.is_prefill_chunk for request in self.running):
+            return True
+        blocks = math.ceil(self.waiting.peek_request().num_tokens / self.block_size)
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return len(self.running) < self.max_num_running_reqs and blocks <= free
 
     def _turn(self, request: Request) -> float:
         trusted = self._fault is None and self._counts is not None
@@ -190,6 +225,7 @@ class SparseScheduler(AsyncScheduler):
 
     def _unlimit(self) -> None:
         self.max_num_scheduled_tokens = self._vllm_tokens
+        self._held_back = False
         self.decisions["fcfs"] += 1
 
     def _prefill(self, request: Request, tokens: int, now: float) -> Prefill:
@@ -235,7 +271,7 @@ class SparseScheduler(AsyncScheduler):
         self._trust(fault)
 
     def _seconds(self, step: _Step, record: StepRecord | None, now: float) -> float:
-        """From the end of the step before to this one's end, both on the device; after a pause, or without records, on the host."""
+        """From the end of the step before to its end, both on the device; after a pause, or without records, on the host."""
         before, self._ended_at = self._ended_at, None if record is None else record.ended_at
         if step.after_idle:
             return now - step.scheduled_at

@@ -247,10 +247,9 @@ def test_the_devices_clock_is_read_between_its_kernels() -> None:
     torch.cuda._sleep(100_000_000)  # cycles, some 50 ms
     device_clock.read(middle)
     device_clock.read(end)
-    launched = time.perf_counter_ns() - began
     torch.cuda.synchronize()
     took = time.perf_counter_ns() - began
-    assert launched < int(middle - start) < took
+    assert 20_000_000 < int(middle - start) < took
     assert 0 <= int(end - middle) < 1_000_000
 
 

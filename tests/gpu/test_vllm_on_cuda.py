@@ -12,8 +12,10 @@ import importlib.util
 import pytest
 import torch
 
+from sparse_backend.vllm_plugin.batching import SETTINGS_VARIABLE
 from tests.gpu.device import NEEDS_GPU
 from tests.gpu.engines import LOAD_TOKENS, Answer, EngineConfig, EngineError, Engines, Round, text_tokens
+from tests.vllm_plugin import holding
 
 pytestmark = [
     *NEEDS_GPU,
@@ -61,6 +63,13 @@ ENGINES = {
     "chunked": engine(
         max_num_batched_tokens=48,
         compilation_config={"cudagraph_capture_sizes": [size for size in GRAPH_SIZES if size <= 48]},
+    ),
+    "held back": engine(
+        max_num_batched_tokens=48,
+        compilation_config={"cudagraph_capture_sizes": [size for size in GRAPH_SIZES if size <= 48]},
+        scheduler_cls=holding.NAME,
+        additional_config={"prosparse": {"ffn_path": "sparse", "count_rows": True}},
+        environment={SETTINGS_VARIABLE: holding.SETTINGS},
     ),
     "cached": engine(enable_prefix_caching=True),
     "synchronous": engine(async_scheduling=False),

@@ -56,6 +56,8 @@ class FakeEngine:
     """Whether the worker counts rows."""
     seconds: Callable[[int], float] = lambda tokens: 2e-3 + 1e-4 * tokens
     """How long a step of so many tokens takes."""
+    beside: float = 0.0
+    """How much longer for each decode that has prompts beside it."""
     host_seconds: Callable[[int], float] | None = None
     """How much later than of the one before the host learns of its end; None: as much."""
     densities: dict[str, float] = field(default_factory=dict)
@@ -127,7 +129,8 @@ class FakeEngine:
         if not self._pipeline:
             return
         output, result = self._pipeline.popleft()
-        self.now += (self.host_seconds or self.seconds)(output.total_num_scheduled_tokens)
+        tokens = output.total_num_scheduled_tokens
+        self.now += self.host_seconds(tokens) if self.host_seconds else self._seconds(output)
         self.scheduler.update_from_output(output, result)
         for name in output.num_scheduled_tokens:
             if name not in self.scheduler.requests:
@@ -140,6 +143,11 @@ class FakeEngine:
                 return
             self.step(depth)
         raise AssertionError(f"{self.scheduler.get_num_unfinished_requests()} requests are not finished")
+
+    def _seconds(self, output: SchedulerOutput) -> float:
+        decodes = list(output.num_scheduled_tokens.values()).count(1)
+        has_prompts = len(output.num_scheduled_tokens) > decodes
+        return self.seconds(output.total_num_scheduled_tokens) + has_prompts * decodes * self.beside
 
     def _compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         names = list(output.num_scheduled_tokens)
@@ -154,7 +162,7 @@ class FakeEngine:
             sampled.append([] if request.is_prefill_chunk else [7])
         self.counters[DENSE, ROWS] += row
         self.counters[DENSE, STEPS] += 1
-        self.ended_at += self.seconds(row)
+        self.ended_at += self._seconds(output)
         if self.counting:
             self.writer.publish()
         return ModelRunnerOutput(

@@ -114,7 +114,7 @@ def test_pieces_of_prompts_are_not_cut_to_those_whose_times_vary_most() -> None:
         # Every other small one takes four times as long.
         planner.cost.observe(step, truth(step) * (4 if tokens < 200 and generator.random() < 0.5 else 1))
     assert planner.cost.most_seconds(step_shape(decodes, prefills, 64)) > 25e-3
-    assert 600 <= planner.chunk(decodes, prefills, 4000) <= 1100
+    assert 600 <= planner.plan(decodes, prefills, 4000).prompt_tokens <= 1100
 
 
 def test_what_changes_for_all_steps_is_followed_at_once() -> None:

@@ -14,7 +14,10 @@ arrivals = st.lists(st.tuples(st.floats(0, 0.5), st.integers(1, 4000)), min_size
 
 def request(name: str, tokens: int = 1) -> Request:
     return Request(
-        request_id=name, prompt_token_ids=[7] * tokens, sampling_params=SamplingParams(max_tokens=1), pooling_params=None
+        request_id=name,
+        prompt_token_ids=[7] * tokens,
+        sampling_params=SamplingParams(max_tokens=1),
+        pooling_params=None,
     )
 
 
