@@ -3,7 +3,8 @@
 Steps that read prompts, and sparse and dense ones that only decode, follow different laws, so each kind has a fit of its own. All
 are sums of non-negative terms: a step never gets shorter by carrying more, and what has not been seen yet is extrapolated upwards.
 Residuals are relative, outliers are bounded (Huber), and each size of step keeps its own recent samples, so that the many small
-steps do not make the model forget the few large ones. What changes for all steps alike, such as another program on the machine, is followed by a factor.
+steps do not make the model forget the few large ones. What changes for all steps alike, such as another program on the machine,
+is followed by a factor.
 """
 
 import statistics

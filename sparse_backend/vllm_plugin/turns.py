@@ -6,7 +6,7 @@ from collections.abc import Callable
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import Request, RequestStatus
 
-# Seconds per prompt token; reading one takes a twentieth of that, or less. Beside others: docs/results/h200-2026-11-29-batching.md.
+# Seconds per prompt token, of which reading it takes a twentieth or less. Others: docs/results/h200-2026-11-29-batching.md.
 _HEAD_START = 1e-3
 
 
