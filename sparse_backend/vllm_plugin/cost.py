@@ -1,7 +1,7 @@
 """How long a step takes: a model that starts from the kernels' measured tables and is fitted to the steps of the running engine.
 
 Steps that read prompts, and sparse and dense ones that only decode, follow different laws, so each kind has a fit of its own. All
-are sums of non-negative terms: a step never gets shorter by carrying more, and what has not been seen yet is extrapolated upwards.
+are sums of non-negative terms: a step never gets shorter by carrying more, and what has not been seen is extrapolated upwards.
 Residuals are relative, outliers are bounded (Huber), and each size of step keeps its own recent samples, so that the many small
 steps do not make the model forget the few large ones. What changes for all steps alike, such as another program on the machine,
 is followed by a factor.
@@ -242,14 +242,15 @@ class _Fit:
         samples = self._samples[self._samples.any(axis=1)]
         weights = np.ones(len(samples))
         # The starting point counts as a sample in each coefficient's own direction.
-        pull = _PRIOR_SAMPLES * np.maximum((samples * samples).mean(axis=0), 1e-30)
+        pull = _PRIOR_SAMPLES * (samples * samples).mean(axis=0)
         for _ in range(_HUBER_ROUNDS):
             weighted = samples * weights[:, None]
             fitted = _nonnegative(weighted.T @ samples + np.diag(pull), weighted.sum(axis=0) + pull * self._prior)
             predicted = samples @ fitted
             residuals = np.abs(predicted - 1)
             weights = np.minimum(1, _HUBER * np.median(residuals) / np.maximum(residuals, 1e-12))
-        self._coefficients = fitted
+        # And is all there is of those that no sample has.
+        self._coefficients = np.where(pull, fitted, self._prior)
         for size, place in self._places.items():
             count, fitted_at = self._counts[place], self._fitted_at.get(size, 0)
             if size in self._excess and count == fitted_at:
@@ -262,11 +263,14 @@ class _Fit:
 
 
 def _nonnegative(gram: Vector, moment: Vector) -> Vector:
-    """Least squares from its normal equations, without negative coefficients: negative ones are set to zero, worst first."""
-    kept = list(range(len(moment)))
+    """Least squares from its normal equations, without negative coefficients: negative ones are set to zero, worst first.
+
+    So are those of terms that no sample has, which could be anything.
+    """
+    kept = np.flatnonzero(np.diag(gram)).tolist()
     result = np.zeros(len(moment))
     while kept:
-        scale = np.sqrt(np.maximum(np.diag(gram)[kept], 1e-300))
+        scale = np.sqrt(np.diag(gram)[kept])
         scaled = gram[np.ix_(kept, kept)] / scale[:, None] / scale[None, :]
         solved = np.linalg.lstsq(scaled, moment[kept] / scale, rcond=1e-12)[0]
         if (solved >= 0).all():

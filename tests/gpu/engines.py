@@ -59,6 +59,8 @@ class EngineConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of ``vllm.LLM``."""
     environment: dict[str, str] = field(default_factory=dict)
+    ours: dict[str, Any] = field(default_factory=dict)
+    """Further settings of our plugin."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def _serve(config: EngineConfig, rounds: list[Round]) -> Answer:
     llm = LLM(
         model=str(DEMO),
         hf_overrides=STOCK_CLASS if config.stock else OUR_CLASS,
-        additional_config={} if config.stock else {"prosparse": {"ffn_path": config.ffn_path}},
+        additional_config={} if config.stock else {"prosparse": {"ffn_path": config.ffn_path, **config.ours}},
         worker_extension_cls="tests.gpu.facts.FactsWorkerExtension",
         **{
             "max_model_len": 1024,

@@ -39,12 +39,12 @@ IDENTICAL = {"float16": 0.8, "bfloat16": 0.4}
 """Share of the texts that must be the same to the last token."""
 
 
-def engine(ffn_path="sparse", dtype="float16", graphs=None, environment=None, **options):
+def engine(ffn_path="sparse", dtype="float16", graphs=None, environment=None, ours=None, **options):
     compilation = {"cudagraph_capture_sizes": GRAPH_SIZES, **({"cudagraph_mode": graphs} if graphs else {})}
     if not options.get("enforce_eager"):
         options.setdefault("compilation_config", compilation)
     stock = ffn_path == "stock"
-    return EngineConfig(ffn_path, stock, {"dtype": dtype, **options}, environment or {})
+    return EngineConfig(ffn_path, stock, {"dtype": dtype, **options}, environment or {}, ours or {})
 
 
 V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -68,7 +68,7 @@ ENGINES = {
         max_num_batched_tokens=48,
         compilation_config={"cudagraph_capture_sizes": [size for size in GRAPH_SIZES if size <= 48]},
         scheduler_cls=holding.NAME,
-        additional_config={"prosparse": {"ffn_path": "sparse", "count_rows": True}},
+        ours={"count_rows": True},
         environment={SETTINGS_VARIABLE: holding.SETTINGS},
     ),
     "cached": engine(enable_prefix_caching=True),

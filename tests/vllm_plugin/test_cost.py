@@ -52,6 +52,30 @@ def test_it_starts_from_the_table() -> None:
     assert model().path(StepShape(17)) == "dense"
 
 
+@pytest.mark.parametrize("prefill", [False, True])
+def test_beyond_the_table_it_goes_on_as_the_table_ends(prefill: bool) -> None:
+    times = [model().seconds(StepShape(rows, rows if prefill else 0)) for rows in (200, 250, 256, 257, 264, 300, 600)]
+    per_row = (times[1] - times[0]) / 50
+    assert per_row > 0
+    assert times[-1] - times[2] == pytest.approx(344 * per_row, rel=0.01)
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+def test_beyond_the_steps_seen_it_goes_on_as_they_did(prefill: bool) -> None:
+    generator = random.Random(0)
+    for seen in range(32, 300, 32):
+        cost = model()
+        for _ in range(seen):
+            rows, context = generator.randint(17, 250), generator.randint(10000, 200000)
+            tokens = rows - 4 if prefill else 0
+            cost.observe(StepShape(rows, tokens, context), 4e-3 + 2e-5 * rows + 1.2e-7 * context)
+        for rows in (251, 256, 257, 261, 280):
+            assert cost.seconds(StepShape(rows, rows - 4 if prefill else 0, 180000)) == pytest.approx(
+                4e-3 + 2e-5 * rows + 1.2e-7 * 180000, rel=0.15
+            )
+
+
 def test_without_a_table_it_starts_all_the_same() -> None:
     assert StepCost(LayerTable([], []), scale=1, max_sparse_rows=0).seconds(StepShape(1)) > 0
 
