@@ -85,7 +85,9 @@ class LoggedStep(TypedDict):
     union: float
     after_prefill: bool
     seconds: float
-    """From the end of the step before, or after a pause from its own beginning."""
+    """From the end of the step before on the device; after a pause, or without counters, what the host saw of it."""
+    host_seconds: float
+    """From when the host learnt of the end of the step before to when it learnt of its own."""
     predicted: float
     """Seconds, before the model had learnt from it; the planner's own prediction may be a few steps older."""
     after_idle: bool

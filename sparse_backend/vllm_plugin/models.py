@@ -24,7 +24,7 @@ from sparse_backend.activation import Activation
 from sparse_backend.vllm_plugin import norm, padding
 from sparse_backend.vllm_plugin.ffn_path import layer_table, max_sparse_rows_per_layer, plugin_settings
 from sparse_backend.vllm_plugin.mlp import SparseGatedMLP
-from sparse_backend.vllm_plugin.row_counts import RowCountsWriter, WorkerFacts, file_of, most_rows
+from sparse_backend.vllm_plugin.step_records import StepRecordWriter, WorkerFacts, file_of, most_rows
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class SparseFeedForward:
         model: nn.Module
         packed_modules_mapping: dict[str, list[str]]
 
-    _row_counts: RowCountsWriter | None
+    _step_records: StepRecordWriter | None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         """Build the model for one worker.
@@ -78,7 +78,7 @@ class SparseFeedForward:
                     setattr(layer, name, norm.EarlyRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         if get_tensor_model_parallel_rank() == 0:
             self._tell_of_dense_layers()
-        self._row_counts = self._count_rows(vllm_config) if plugin_settings(vllm_config).count_rows else None
+        self._step_records = self._count_rows(vllm_config) if plugin_settings(vllm_config).count_rows else None
 
     def process_weights_after_loading(self) -> None:
         """Called by vLLM when all weights are in place."""
@@ -87,19 +87,19 @@ class SparseFeedForward:
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """As vLLM's; called once a step behind the layers and outside their graphs, it also passes the rows' counts on."""
-        self._publish_row_counts()
+        self._publish_step_record()
         return super().compute_logits(hidden_states)  # type: ignore[misc]
 
-    def reset_row_counts(self) -> None:
+    def reset_step_records(self) -> None:
         """Forget the rows counted so far, once the layers' counters are zero."""
-        if self._row_counts is not None:
-            self._row_counts.reset()
+        if self._step_records is not None:
+            self._step_records.reset()
 
-    def _publish_row_counts(self) -> None:
-        if self._row_counts is not None:
-            self._row_counts.publish()
+    def _publish_step_record(self) -> None:
+        if self._step_records is not None:
+            self._step_records.publish()
 
-    def _count_rows(self, vllm_config: VllmConfig) -> RowCountsWriter | None:
+    def _count_rows(self, vllm_config: VllmConfig) -> StepRecordWriter | None:
         mlps = self._sparse_mlps()
         row_active = torch.zeros(most_rows(vllm_config), dtype=torch.int32, device=mlps[0].counters.device)
         for mlp in mlps:
@@ -114,7 +114,7 @@ class SparseFeedForward:
             "dense_us": list(table.dense),
         }
         try:
-            return RowCountsWriter(file_of(vllm_config), mlps[0].counters, row_active, facts)
+            return StepRecordWriter(file_of(vllm_config), mlps[0].counters, row_active, facts)
         except OSError as error:
             logger.warning("The rows' counts cannot be shared, densities of requests stay unknown: %s", error)
             return None
@@ -164,7 +164,7 @@ class _SharedSampling(SparseFeedForward):
 
     def compute_logits_local(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What vLLM then calls in place of ``compute_logits``."""
-        self._publish_row_counts()
+        self._publish_step_record()
         return super().compute_logits_local(hidden_states)  # type: ignore[misc]
 
 

@@ -34,8 +34,8 @@ from sparse_backend.vllm_plugin.batching import (
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale
 from sparse_backend.vllm_plugin.densities import Densities
 from sparse_backend.vllm_plugin.plan import Decode, Planner, Prefill, StepPlan, step_shape
-from sparse_backend.vllm_plugin.row_counts import RowCountsReader, StepRecord, file_of
 from sparse_backend.vllm_plugin.snapshot import PATHS
+from sparse_backend.vllm_plugin.step_records import StepRecord, StepRecordReader, file_of
 from sparse_backend.vllm_plugin.turns import TurnQueue, turn
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class SparseScheduler(AsyncScheduler):
         self._clock = clock
         self._vllm_tokens = self.max_num_scheduled_tokens
         try:
-            self._counts: RowCountsReader | None = RowCountsReader(file_of(self.vllm_config))
+            self._counts: StepRecordReader | None = StepRecordReader(file_of(self.vllm_config))
         except OSError:
             self._counts = None
         self._densities = Densities(DEFAULT_DENSITY)
@@ -116,7 +116,8 @@ class SparseScheduler(AsyncScheduler):
         if self._settings.policy == "fcfs":
             pass
         elif self._fault is None and self._counts is not None:
-            self._held_back = self._limit(now, may_hold_back=not throttle_prefills)
+            # Pipeline stages have decodes of several steps under way, and vLLM a cadence of its own for them.
+            self._held_back = self._limit(now, may_hold_back=not (throttle_prefills or self.use_pp))
         else:
             self._unlimit()
         output = super().schedule(throttle_prefills)
@@ -221,7 +222,7 @@ class SparseScheduler(AsyncScheduler):
     def _turn(self, request: Request) -> float:
         trusted = self._fault is None and self._counts is not None
         most_s = 1e-3 * self._settings.max_unfairness_ms if trusted else 0.0
-        return turn(self._arrived[request.request_id], request.num_prompt_tokens, most_s)
+        return turn(self._arrived.get(request.request_id, 0.0), request.num_prompt_tokens, most_s)
 
     def _unlimit(self) -> None:
         self.max_num_scheduled_tokens = self._vllm_tokens
@@ -262,7 +263,7 @@ class SparseScheduler(AsyncScheduler):
                 self._learn_densities(record.active / self._counts.facts["neurons"], output, result)
         seconds = self._seconds(step, record, now)
         if self._step_log is not None:
-            self._log(self._step_log, step, seconds)
+            self._log(self._step_log, step, seconds, now - self._done_at)
         if not 0 < seconds < _LONGEST_STEP_S:
             fault = "clock"
         elif not (step.after_idle and self.scheduler_config.async_scheduling):
@@ -279,13 +280,14 @@ class SparseScheduler(AsyncScheduler):
             return now - self._done_at
         return 1e-9 * (record.ended_at - before)
 
-    def _log(self, log: StepLog, step: _Step, seconds: float) -> None:
+    def _log(self, log: StepLog, step: _Step, seconds: float, host_seconds: float) -> None:
         cost = self._planner.cost
         log.write(
             {
                 "path": cost.path(step.shape),
                 **dataclasses.asdict(step.shape),  # type: ignore[typeddict-item]
                 "seconds": seconds,
+                "host_seconds": host_seconds,
                 "predicted": cost.seconds(step.shape),
                 "after_idle": step.after_idle,
                 "replica": self.parallel_config.data_parallel_index,

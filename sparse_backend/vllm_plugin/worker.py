@@ -44,8 +44,8 @@ class SparsityWorkerExtension:
         """Set all counters to zero. Called once the engine is ready, so that warm-up rows are not counted."""
         for mlp in self._sparse_mlps():
             mlp.counters.zero_()
-        if hasattr(model := self.model_runner.get_model(), "reset_row_counts"):
-            model.reset_row_counts()
+        if hasattr(model := self.model_runner.get_model(), "reset_step_records"):
+            model.reset_step_records()
 
     @torch.inference_mode()
     def warm_up_sampler(self) -> None:

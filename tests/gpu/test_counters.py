@@ -11,7 +11,7 @@ import torch
 from sparse_backend.ffn import counters, gated_activation, native, op, reference
 from sparse_backend.ffn.counters import ROWS, SPARSE, STEPS, UNION
 from sparse_backend.vllm_plugin import device_clock
-from sparse_backend.vllm_plugin.row_counts import RowCountsReader, RowCountsWriter
+from sparse_backend.vllm_plugin.step_records import StepRecordReader, StepRecordWriter
 from tests.ffn.layers import ALL_DENSE, ALL_SPARSE, Case
 from tests.gpu.device import NEEDS_GPU, both_dtypes, both_paths, index_of, padding
 
@@ -215,8 +215,8 @@ def test_row_counts_of_a_replayed_graph_reach_shared_memory(shared_file: Path) -
     arguments = (case.x, case.gate_up, case.down_t, case.threshold, counted, ALL_SPARSE, None, False, row_active)
     op.sparse_gated_ffn(*arguments)
     facts = {"neurons": 264, "max_sparse_rows": [16], "sparse_us": [], "dense_us": []}
-    writer = RowCountsWriter(shared_file, counted, row_active, facts)
-    reader = RowCountsReader(shared_file)
+    writer = StepRecordWriter(shared_file, counted, row_active, facts)
+    reader = StepRecordReader(shared_file)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         op.sparse_gated_ffn(*arguments)

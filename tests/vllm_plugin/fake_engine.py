@@ -19,10 +19,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from sparse_backend.ffn import counters
 from sparse_backend.ffn.counters import DENSE, ROWS, STEPS
-from sparse_backend.vllm_plugin import row_counts
+from sparse_backend.vllm_plugin import step_records
 from sparse_backend.vllm_plugin.batching import SETTINGS_VARIABLE, BatchingSettings
-from sparse_backend.vllm_plugin.row_counts import RowCountsWriter
 from sparse_backend.vllm_plugin.scheduler import SparseScheduler
+from sparse_backend.vllm_plugin.step_records import StepRecordWriter
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 NEURONS = 1000
@@ -75,15 +75,15 @@ class FakeEngine:
     def __post_init__(self) -> None:
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
             patch.setenv(SETTINGS_VARIABLE, self.settings.model_dump_json())
-            patch.setattr(row_counts, "_FOLDER", Path(folder))
+            patch.setattr(step_records, "_FOLDER", Path(folder))
             self._start()
 
     def _start(self) -> None:
         self.counters = counters.new_counters()
         self.row_active = torch.zeros(MOST_TOKENS, dtype=torch.int32)
         if self.counting:
-            self.writer = RowCountsWriter(
-                row_counts.file_of(self.config),
+            self.writer = StepRecordWriter(
+                step_records.file_of(self.config),
                 self.counters,
                 self.row_active,
                 {"neurons": NEURONS, "max_sparse_rows": [4], "sparse_us": self.sparse_us, "dense_us": []},

@@ -9,7 +9,7 @@ import torch
 from sparse_backend.ffn import counters
 from sparse_backend.ffn.counters import DENSE, ROWS, SPARSE, STEPS
 from sparse_backend.vllm_plugin import device_clock
-from sparse_backend.vllm_plugin.row_counts import RowCountsReader, RowCountsWriter, WorkerFacts
+from sparse_backend.vllm_plugin.step_records import StepRecordReader, StepRecordWriter, WorkerFacts
 
 FACTS: WorkerFacts = {"neurons": 100, "max_sparse_rows": [4], "sparse_us": [(1, 0.1, 20.0)], "dense_us": [(1, 70.0)]}
 
@@ -21,7 +21,7 @@ class Worker:
         self.counters = counters.new_counters(drelu=drelu)
         self.row_active = torch.zeros(16, dtype=torch.int32)
         self.now = 0
-        self.writer = RowCountsWriter(
+        self.writer = StepRecordWriter(
             file, self.counters, self.row_active, FACTS, read_clock=lambda nanoseconds: nanoseconds.fill_(self.now)
         )
 
@@ -35,17 +35,17 @@ class Worker:
 
 
 @pytest.fixture(params=[False, True], ids=["relu", "drelu"])
-def ends(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Worker, RowCountsReader]:
+def ends(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Worker, StepRecordReader]:
     worker = Worker(tmp_path / "rows", drelu=request.param)
-    return worker, RowCountsReader(tmp_path / "rows")
+    return worker, StepRecordReader(tmp_path / "rows")
 
 
-def test_facts_arrive_and_the_files_name_is_gone(ends: tuple[Worker, RowCountsReader], tmp_path: Path) -> None:
+def test_facts_arrive_and_the_files_name_is_gone(ends: tuple[Worker, StepRecordReader], tmp_path: Path) -> None:
     assert ends[1].facts == {**FACTS, "sparse_us": [[1, 0.1, 20.0]], "dense_us": [[1, 70.0]]}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_each_step_is_told_apart_also_if_the_worker_is_ahead(ends: tuple[Worker, RowCountsReader]) -> None:
+def test_each_step_is_told_apart_also_if_the_worker_is_ahead(ends: tuple[Worker, StepRecordReader]) -> None:
     worker, reader = ends
     steps = [(5, 7), (1,), (2, 3, 4), (9,), (1, 1)]
     worker.step(*steps[0])
@@ -60,7 +60,7 @@ def test_each_step_is_told_apart_also_if_the_worker_is_ahead(ends: tuple[Worker,
         assert step.ended_at == ended_at
 
 
-def test_counts_wrap_around(ends: tuple[Worker, RowCountsReader]) -> None:
+def test_counts_wrap_around(ends: tuple[Worker, StepRecordReader]) -> None:
     worker, reader = ends
     for _ in range(3):
         worker.step(2**31 - 1)
@@ -69,7 +69,7 @@ def test_counts_wrap_around(ends: tuple[Worker, RowCountsReader]) -> None:
         assert step.active.tolist() == [2**31 - 1]
 
 
-def test_what_is_missing_is_none_until_caught_up(ends: tuple[Worker, RowCountsReader]) -> None:
+def test_what_is_missing_is_none_until_caught_up(ends: tuple[Worker, StepRecordReader]) -> None:
     worker, reader = ends
     assert reader.next_step(2) is None
     worker.step(1, 2)
@@ -88,7 +88,7 @@ def test_a_reset_starts_anew(tmp_path: Path) -> None:
     worker = Worker(tmp_path / "rows")
     for _ in range(3):
         worker.step(40, 50)  # the warm-up
-    reader = RowCountsReader(tmp_path / "rows")
+    reader = StepRecordReader(tmp_path / "rows")
     worker.counters.zero_()
     worker.writer.reset()
     worker.step(6)
@@ -109,4 +109,4 @@ def test_files_that_are_there_or_not_are_errors(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="rows"):
         Worker(tmp_path / "rows")
     with pytest.raises(OSError, match="none"):
-        RowCountsReader(tmp_path / "none")
+        StepRecordReader(tmp_path / "none")

@@ -74,7 +74,7 @@ class StepRecord(NamedTuple):
     """Nanoseconds, by the device's clock; behind the layers, before tokens are sampled."""
 
 
-class RowCountsWriter:
+class StepRecordWriter:
     """The worker's side."""
 
     def __init__(
@@ -155,7 +155,7 @@ class RowCountsWriter:
         self._next = (self._next + 1) % _SLOTS
 
 
-class RowCountsReader:
+class StepRecordReader:
     """The scheduler's side."""
 
     def __init__(self, file: Path) -> None:
