@@ -35,6 +35,8 @@ class Prefill:
     tokens: int
     """To be read."""
     waited_s: float = 0.0
+    fits: bool = True
+    """Whether there is memory and a place for it, beside those before it."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Planner:
         *,
         after_prefill: bool = False,
         held_back: bool = False,
+        may_hold_back: bool = True,
     ) -> StepPlan:
         """The next step.
 
@@ -102,6 +105,7 @@ class Planner:
             available: prompt tokens there are to read.
             after_prefill: whether the step before read prompts.
             held_back: whether the step before left decodes out.
+            may_hold_back: whether this one may.
         """
         if not decodes or not available:
             return StepPlan(available)
@@ -117,9 +121,11 @@ class Planner:
             return [_with_prompts(nothing, prefills, chunk), afterwards]
 
         beside = self._most(together, available) or self._due(prefills, available, together)
-        if all(self.cost.knows(step) for step in apart(beside)):
-            alone = self._most(apart, available)
-            if self._rate(apart, alone) > _LEAST_GAIN * self._rate(together, beside):
+        # What does not fit is waited for in steps that carry decodes: only they make room.
+        fitting = min(available, sum(prefill.tokens for prefill in prefills if prefill.fits))
+        if may_hold_back and fitting and all(self.cost.knows(step) for step in apart(fitting)):
+            alone = self._most(apart, fitting)
+            if self._rate(apart, alone) > _LEAST_GAIN * self._rate(together, min(beside, fitting)):
                 return StepPlan(alone, decodes=False)
         return StepPlan(beside)
 

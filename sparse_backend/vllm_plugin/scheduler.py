@@ -33,7 +33,7 @@ from sparse_backend.vllm_plugin.batching import (
 )
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape, layer_scale
 from sparse_backend.vllm_plugin.densities import Densities
-from sparse_backend.vllm_plugin.plan import Decode, Planner, Prefill, StepPlan, step_shape
+from sparse_backend.vllm_plugin.plan import Decode, Planner, Prefill, step_shape
 from sparse_backend.vllm_plugin.snapshot import PATHS
 from sparse_backend.vllm_plugin.step_records import StepRecord, StepRecordReader, file_of
 from sparse_backend.vllm_plugin.turns import TurnQueue, turn
@@ -116,8 +116,7 @@ class SparseScheduler(AsyncScheduler):
         if self._settings.policy == "fcfs":
             pass
         elif self._fault is None and self._counts is not None:
-            # Pipeline stages have decodes of several steps under way, and vLLM a cadence of its own for them.
-            self._held_back = self._limit(now, may_hold_back=not (throttle_prefills or self.use_pp))
+            self._held_back = self._limit(now, may_hold_back=not throttle_prefills)
         else:
             self._unlimit()
         output = super().schedule(throttle_prefills)
@@ -170,10 +169,13 @@ class SparseScheduler(AsyncScheduler):
         # Decodes first: they must not be left without tokens by a prompt ahead of them.
         self.running.sort(key=lambda request: request.is_prefill_chunk)
         decodes, prefills = [], []
+        blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        places = self.max_num_running_reqs - len(self.running)
         for request in self.running:
             tokens = request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
             if request.is_prefill_chunk:
                 prefills.append(self._prefill(request, tokens, now))
+                blocks -= math.ceil(tokens / self.block_size)
             elif tokens > 0 and not self._has_its_last(request):
                 decodes.append(Decode(request.num_computed_tokens, self._density(request), tokens))
         available = sum(prefill.tokens for prefill in prefills)
@@ -181,14 +183,20 @@ class SparseScheduler(AsyncScheduler):
             # Those beyond what a step can carry need not be looked at.
             if available >= self._vllm_tokens:
                 break
-            prefills.append(self._prefill(request, request.num_tokens, now))
+            # Where vLLM's prefix cache has some of it, it takes less.
+            blocks -= math.ceil(request.num_tokens / self.block_size)
+            places -= 1
+            prefills.append(self._prefill(request, request.num_tokens, now, fits=min(blocks, places) >= 0))
             available += request.num_tokens
         available = min(available, self._vllm_tokens)
         plan = self._planner.plan(
-            decodes, prefills, available, after_prefill=self._after_prefill, held_back=self._held_back
+            decodes,
+            prefills,
+            available,
+            after_prefill=self._after_prefill,
+            held_back=self._held_back,
+            may_hold_back=may_hold_back and self.current_step >= self._hold_back_from,
         )
-        if not plan.decodes and not (may_hold_back and self._can_read()):
-            plan = StepPlan(plan.prompt_tokens)
         if available:
             self.decisions["chunk_cut" if plan.prompt_tokens < available else "chunk_full"] += 1
         # What the prompts leave of an uncut step may be used up: a cached prefix makes a prompt shorter than it looks.
@@ -209,16 +217,6 @@ class SparseScheduler(AsyncScheduler):
         computed = request.num_computed_tokens + 2 - request.num_output_placeholders
         return request.num_output_placeholders > 0 and computed >= request.num_prompt_tokens + request.max_tokens
 
-    def _can_read(self) -> bool:
-        """Whether there is memory and a place for a prompt; a step that holds decodes back for none is lost."""
-        if self.current_step < self._hold_back_from:
-            return False
-        if any(request.is_prefill_chunk for request in self.running):
-            return True
-        blocks = math.ceil(self.waiting.peek_request().num_tokens / self.block_size)
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        return len(self.running) < self.max_num_running_reqs and blocks <= free
-
     def _turn(self, request: Request) -> float:
         trusted = self._fault is None and self._counts is not None
         most_s = 1e-3 * self._settings.max_unfairness_ms if trusted else 0.0
@@ -229,8 +227,8 @@ class SparseScheduler(AsyncScheduler):
         self._held_back = False
         self.decisions["fcfs"] += 1
 
-    def _prefill(self, request: Request, tokens: int, now: float) -> Prefill:
-        return Prefill(request.num_computed_tokens, tokens, now - self._arrived.get(request.request_id, now))
+    def _prefill(self, request: Request, tokens: int, now: float, *, fits: bool = True) -> Prefill:
+        return Prefill(request.num_computed_tokens, tokens, now - self._arrived.get(request.request_id, now), fits)
 
     def _density(self, request: Request) -> float:
         running = self._densities.running(request.request_id)

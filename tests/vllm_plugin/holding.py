@@ -21,11 +21,12 @@ class HoldingPlanner(Planner):
         *,
         after_prefill: bool = False,
         held_back: bool = False,
+        may_hold_back: bool = True,
     ) -> StepPlan:
         """Prompts and decodes never share a step."""
-        if decodes and available:
-            return StepPlan(0) if held_back else StepPlan(available, decodes=False)
-        return StepPlan(available)
+        if decodes and available and held_back:
+            return StepPlan(0)
+        return StepPlan(available, decodes=not (decodes and available and may_hold_back))
 
 
 class HoldingScheduler(SparseScheduler):

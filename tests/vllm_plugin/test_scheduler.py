@@ -1,9 +1,12 @@
 """Our scheduler over vLLM's, without an engine: see fake_engine."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import operator
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from vllm.v1.request import Request
 
 from sparse_backend.vllm_plugin.batching import BatchingSettings
 from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape
+from sparse_backend.vllm_plugin.plan import Planner, StepPlan
 from tests.vllm_plugin.fake_engine import MOST_TOKENS, FakeEngine, engine_config
 
 MOST_REQUESTS = 8
@@ -313,17 +317,41 @@ def test_prompts_have_steps_of_their_own_where_that_is_faster(config: VllmConfig
         assert max(map(operator.add, times[200:], times[201:])) < itl
 
 
+def test_the_planner_is_told_what_the_step_before_was(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(
+        config, BatchingSettings(policy="sparse"), seconds=lambda tokens: 1e-3 + 2e-5 * tokens, beside=2e-3
+    )
+    plan, told = Planner.plan, []
+
+    def listen(self: Planner, *args: Any, **kwargs: Any) -> StepPlan:
+        assert kwargs.pop("may_hold_back")
+        told.append(kwargs)
+        return plan(self, *args, may_hold_back=True, **kwargs)
+
+    monkeypatch.setattr(Planner, "plan", listen)
+    traffic(engine, 300)
+    assert len(told) == len(engine.steps)
+    seen = set()
+    for before, kwargs in zip(engine.steps, told[1:], strict=False):
+        has_prompts = any(tokens > 1 for tokens in before.num_scheduled_tokens.values())
+        # It is not done yet.
+        held_back = "decode 0" not in before.num_scheduled_tokens
+        assert kwargs == {"after_prefill": has_prompts, "held_back": held_back}
+        seen.add((has_prompts, held_back))
+    assert seen == {(True, False), (True, True), (False, False)}
+
+
 def test_decodes_are_not_held_back_for_prompts_that_do_not_fit(config: VllmConfig) -> None:
     def engine(blocks: int) -> FakeEngine:
         settings = BatchingSettings(policy="sparse")
         return FakeEngine(config, settings, blocks, seconds=lambda tokens: 1e-3 + 2e-5 * tokens, beside=2e-3)
 
     # Three decodes keep 3 x 32 blocks in the end; a prompt of 250 tokens takes 16.
-    for blocks, most_empty in ((200, 0), (60, 3)):
+    for blocks, held_back in ((200, True), (60, True), (45, False)):
         tight = engine(blocks)
-        traffic(tight, 300)
-        empty = [step for step in tight.steps if not step.total_num_scheduled_tokens]
-        assert len(empty) <= most_empty
+        traffic(tight, 400)
+        assert bool(tight.scheduler.decisions["hold_back"]) == held_back
+        assert sum(not step.total_num_scheduled_tokens for step in tight.steps) <= 1
         tight.drain()
 
 
@@ -344,6 +372,42 @@ def test_where_holding_back_was_in_vain_it_is_not_tried_again_at_once(
     monkeypatch.undo()
     budgets(engine, 100)
     assert engine.scheduler.decisions["hold_back"] > before + 10
+
+
+def test_a_step_after_one_without_decodes_has_nothing_else(config: VllmConfig) -> None:
+    engine = FakeEngine(
+        config, BatchingSettings(policy="sparse"), seconds=lambda tokens: 1e-3 + 2e-5 * tokens, beside=2e-3
+    )
+    prompts: dict[str, int] = {}
+    # First it sees decodes alone, on both paths.
+    for index in range(8):
+        engine.add(f"decode {index}", 20, 480 if index < 3 else 80)
+    for _ in range(160):
+        engine.step(depth=2)
+    for index in range(250):
+        # Answers of one token: those whose prompt the step under way reads need no further one.
+        if len(engine.scheduler.waiting) < 3:
+            prompts[f"prompt {index}"] = 50 + index % 90
+            engine.add(f"prompt {index}", 50 + index % 90, 1, 0.5)
+        engine.step(depth=2)
+    assert engine.scheduler.decisions["hold_back"] > 50
+    read: Counter[str] = Counter()
+    for before, after in itertools.pairwise(engine.steps):
+        read.update(before.num_scheduled_tokens)
+        if "decode 0" not in before.num_scheduled_tokens:
+            assert all(read[name] >= prompts.get(name, 20) for name in after.num_scheduled_tokens)
+
+
+def test_nothing_is_held_back_for_prompts_that_vllm_defers(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(
+        config, BatchingSettings(policy="sparse"), seconds=lambda tokens: 1e-3 + 2e-5 * tokens, beside=2e-3
+    )
+    traffic(engine, 200)
+    before = engine.scheduler.decisions["hold_back"]
+    monkeypatch.setattr(engine.scheduler, "schedule", functools.partial(engine.scheduler.schedule, True))
+    budgets(engine, 50)
+    assert engine.scheduler.decisions["hold_back"] == before
+    assert all(step.total_num_scheduled_tokens for step in engine.steps)
 
 
 def refuse_prompts(engine: FakeEngine) -> Any:
