@@ -141,6 +141,19 @@ def test_pieces_of_prompts_are_not_cut_to_those_whose_times_vary_most() -> None:
     assert 600 <= planner.plan(decodes, prefills, 4000).prompt_tokens <= 1100
 
 
+def test_the_more_decodes_the_more_time_is_left_for_their_way_to_the_clients() -> None:
+    generator = random.Random(0)
+    planner = Planner(BatchingSettings(policy="sparse", itl_slo_ms=60), model())
+    for step in traffic(generator, 1500):
+        planner.cost.observe(step, truth(step))
+    prefills = [Prefill(0, 8000)]
+    for rows in (20, 100, 300):
+        decodes = [Decode(300, 0.1)] * rows
+        plan = planner.plan(decodes, prefills, 8000, may_hold_back=False)
+        left = 60e-3 - planner.cost.most_seconds(step_shape(decodes, prefills, plan.prompt_tokens))
+        assert left == pytest.approx(3e-3 + 60e-6 * rows, abs=1.5e-3)
+
+
 def test_what_changes_for_all_steps_is_followed_at_once() -> None:
     generator = random.Random(0)
     cost = model()
