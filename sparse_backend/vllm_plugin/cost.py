@@ -94,17 +94,19 @@ def _sparse_terms(step: StepShape) -> list[float]:
 
 
 def _dense_terms(step: StepShape) -> list[float]:
-    return [*_row_terms(step), step.context * 1e-6, float(step.after_prefill)]
+    return [
+        1.0,
+        float(step.rows),
+        *(float(max(0, step.rows - knee)) for knee in _KNEES),
+        step.context * 1e-6,
+        float(step.after_prefill),
+    ]
 
 
 def _prompt_terms(step: StepShape) -> list[float]:
     # Beside prompts, which the attention kernel is launched for, a decoding row and its context cost more than by themselves.
     decoding = float(step.rows - step.prefill_tokens)
     return [*_dense_terms(step), decoding, step.prefill_context * 1e-6]
-
-
-def _row_terms(step: StepShape) -> list[float]:
-    return [1.0, float(step.rows), *(float(max(0, step.rows - knee)) for knee in _KNEES)]
 
 
 _Kind = Literal["sparse", "dense", "prompts"]

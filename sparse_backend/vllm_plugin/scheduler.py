@@ -13,8 +13,6 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
@@ -71,9 +69,9 @@ class SparseScheduler(AsyncScheduler):
         self._clock = clock
         self._vllm_tokens = self.max_num_scheduled_tokens
         try:
-            self._counts: StepRecordReader | None = StepRecordReader(file_of(self.vllm_config))
+            self._records: StepRecordReader | None = StepRecordReader(file_of(self.vllm_config))
         except OSError:
-            self._counts = None
+            self._records = None
         self._densities = Densities(DEFAULT_DENSITY)
         self._planner = Planner(self._settings, self._new_cost())
         self._under_way: deque[_Step] = deque()
@@ -115,7 +113,7 @@ class SparseScheduler(AsyncScheduler):
         waiting = len(self.waiting)
         if self._settings.policy == "fcfs":
             pass
-        elif self._fault is None and self._counts is not None:
+        elif self._fault is None and self._records is not None:
             self._held_back = self._limit(now, may_hold_back=not throttle_prefills)
         else:
             self._unlimit()
@@ -218,7 +216,7 @@ class SparseScheduler(AsyncScheduler):
         return request.num_output_placeholders > 0 and computed >= request.num_prompt_tokens + request.max_tokens
 
     def _turn(self, request: Request) -> float:
-        trusted = self._fault is None and self._counts is not None
+        trusted = self._fault is None and self._records is not None
         most_s = 1e-3 * self._settings.max_unfairness_ms if trusted else 0.0
         return turn(self._arrived.get(request.request_id, 0.0), request.num_prompt_tokens, most_s)
 
@@ -252,13 +250,13 @@ class SparseScheduler(AsyncScheduler):
     def _learn(self, output: SchedulerOutput, result: ModelRunnerOutput, step: _Step, now: float) -> None:
         fault: Fallback | None = None
         record = None
-        if self._counts is not None:
-            record = self._counts.next_step(output.total_num_scheduled_tokens)
+        if self._records is not None:
+            record = self._records.next_step(output.total_num_scheduled_tokens)
             if record is None:
-                self._counts.catch_up()
+                self._records.catch_up()
                 fault = "counters"
             else:
-                self._learn_densities(record.active / self._counts.facts["neurons"], output, result)
+                self._learn_densities((record.active / self._records.facts["neurons"]).tolist(), output, result)
         seconds = self._seconds(step, record, now)
         if self._step_log is not None:
             self._log(self._step_log, step, seconds, now - self._done_at)
@@ -292,15 +290,13 @@ class SparseScheduler(AsyncScheduler):
             }
         )
 
-    def _learn_densities(
-        self, densities: npt.NDArray[np.float64], output: SchedulerOutput, result: ModelRunnerOutput
-    ) -> None:
+    def _learn_densities(self, densities: list[float], output: SchedulerOutput, result: ModelRunnerOutput) -> None:
         start = 0
         for identity in result.req_ids:
             end = start + output.num_scheduled_tokens[identity]
             # One that finished while the step was under way is forgotten already.
             if identity in self.requests:
-                self._densities.observe(identity, densities[start:end].tolist())
+                self._densities.observe(identity, densities[start:end])
             start = end
 
     def _trust(self, fault: Fallback | None) -> None:
@@ -325,9 +321,9 @@ class SparseScheduler(AsyncScheduler):
     # ---- the rest ------------------------------------------------------------------------------------------------------------
 
     def _new_cost(self) -> StepCost:
-        if self._counts is None:
+        if self._records is None:
             return StepCost(LayerTable([], []), scale=1.0, max_sparse_rows=0)
-        facts = self._counts.facts
+        facts = self._records.facts
         limits = sorted(facts["max_sparse_rows"])
         config = self.vllm_config.model_config.hf_config
         return StepCost(
@@ -340,11 +336,11 @@ class SparseScheduler(AsyncScheduler):
     def _check_objectives(self) -> None:
         if self._settings.policy == "fcfs":
             return
-        if self._counts is None:
+        if self._records is None:
             self.fallbacks["counters"] += 1
             self._warn("counters")
             return
-        if not self._counts.facts["sparse_us"]:
+        if not self._records.facts["sparse_us"]:
             return
         alone = 1e3 * self._planner.cost.seconds(StepShape(1, union=DEFAULT_DENSITY))
         for flag, objective in (

@@ -1,42 +1,31 @@
 """A scheduler for real engines that leaves decodes out of every other step while there are prompts to read."""
 
-from collections.abc import Sequence
-from typing import Any
-
-from sparse_backend.vllm_plugin.plan import Decode, Planner, Prefill, StepPlan
+from sparse_backend.vllm_plugin.cost import LayerTable, StepCost, StepShape
 from sparse_backend.vllm_plugin.scheduler import SparseScheduler
 
 NAME = f"{__name__}.HoldingScheduler"
 SETTINGS = '{"policy": "sparse"}'
 
 
-class HoldingPlanner(Planner):
-    """Holds back whatever the cost."""
+class HoldingCost(StepCost):
+    """Has it that prompts and decodes must not share a step."""
 
-    def plan(
-        self,
-        decodes: Sequence[Decode],
-        prefills: Sequence[Prefill],
-        available: int,
-        *,
-        after_prefill: bool = False,
-        held_back: bool = False,
-        may_hold_back: bool = True,
-    ) -> StepPlan:
-        """Prompts and decodes never share a step."""
-        if decodes and available and held_back:
-            return StepPlan(0)
-        return StepPlan(available, decodes=not (decodes and available and may_hold_back))
+    def seconds(self, step: StepShape) -> float:
+        """A second if they do."""
+        return 1.0 if 0 < step.prefill_tokens < step.rows else 1e-3
+
+    def knows(self, step: StepShape) -> bool:
+        """From the start."""
+        return True
 
 
 class HoldingScheduler(SparseScheduler):
-    """Of `SparseScheduler` all but the choice."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._planner = HoldingPlanner(self._settings, self._planner.cost)
+    """`SparseScheduler`, deceived."""
 
     def shutdown(self) -> None:
-        """Without faults, and not in vain."""
+        """Say how often it held back, and whether it fell back."""
         print(f"held back {self.decisions['hold_back']} times, faults {dict(self.fallbacks)}", flush=True)
         super().shutdown()
+
+    def _new_cost(self) -> StepCost:
+        return HoldingCost(LayerTable([], []), scale=1.0, max_sparse_rows=0)
