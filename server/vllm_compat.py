@@ -72,6 +72,11 @@ logger = logging.getLogger(__name__)
 # Bytes of key-value cache on a CPU unless the user says otherwise: vLLM's own default is most of the machine's memory.
 _CPU_KV_CACHE_BYTES = 1 << 30
 
+# Numbers of rows that CUDA graphs are captured for: up to 512 those of vLLM's own default, which ends there, then fewer. Launching a
+# step without one keeps the host for some 30 ms, in which an H200 could read 1500 tokens for a 7B model; replaying one, for 12:
+# docs/results/h200-2026-11-29-batching.md.
+_GRAPH_ROWS = (1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, 1024, 64), *range(1024, 2049, 128))
+
 # Characters of a field's name and of what is wrong with it that a client is shown.
 _LONGEST_FIELD = 128
 _LONGEST_MESSAGE = 512
@@ -154,6 +159,8 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     arguments.use_tqdm_on_load = settings.log_level in ("debug", "info")
     if current_platform.is_cpu():
         _set_cpu_defaults(arguments)
+    else:
+        _set_gpu_defaults(arguments)
     return cast(Namespace, arguments)
 
 
@@ -165,6 +172,21 @@ def _check_neurons_per_rank(ranks: int, checkpoint: Checkpoint) -> None:
             f"--tensor-parallel-size {ranks} would give each rank {d_ff / ranks:g} of the {d_ff} neurons (intermediate_size) of"
             f" a layer, but the kernels take multiples of 8. Give a number that divides {d_ff // 8}."
         )
+
+
+def _set_gpu_defaults(arguments: Namespace) -> None:
+    compilation = arguments.compilation_config
+    chosen = (
+        arguments.cudagraph_capture_sizes,
+        arguments.max_cudagraph_capture_size,
+        compilation.cudagraph_capture_sizes,
+        compilation.max_cudagraph_capture_size,
+    )
+    # These two have graphs of other sizes.
+    speculative = any(option is not None for option in (arguments.speculative_config, arguments.spec_method))
+    if all(sizes is None for sizes in chosen) and not speculative and arguments.performance_mode == "balanced":
+        most = arguments.max_num_batched_tokens or _GRAPH_ROWS[-1]
+        arguments.cudagraph_capture_sizes = [rows for rows in _GRAPH_ROWS if rows <= most]
 
 
 def _set_cpu_defaults(arguments: Namespace) -> None:

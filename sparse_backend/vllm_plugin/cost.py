@@ -7,9 +7,10 @@ steps do not make the model forget the few large ones. What changes for all step
 is followed by a factor.
 """
 
+import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
@@ -23,9 +24,7 @@ Vector = npt.NDArray[np.float64]
 
 _SAMPLES_PER_SIZE = 64
 _SAMPLES_FOR_EXCESS = 16
-_EXCESS_KEPT = (
-    0.98  # of a size that was not seen since the last fit: what is thought too long is not tried, and must be again
-)
+_KEPT = 0.9  # of what was late, of kinds and lengths not run for a while: what is thought too long is not tried, and must be again
 _REFIT_EVERY = 32
 _REFIT_AT_FIRST = 4  # while there are few samples
 _HUBER = 2.0  # residuals beyond so many times the median one count linearly
@@ -36,6 +35,7 @@ _PACE_LIMITS = 0.5, 2.0
 _ERRORS = 256
 _STEPS_TO_KNOW = 64
 _MOST = 0.9
+_LEAST_S = 1e-6
 _KNEES = 64, 256  # rows from which on a dense product is limited by arithmetic more and more
 
 
@@ -120,8 +120,16 @@ _Size = int
 """Bits of the number of rows."""
 
 
+_Length = int
+"""Of a step, in half octaves of its predicted seconds."""
+
+
 def _size(step: StepShape) -> _Size:
     return step.rows.bit_length()
+
+
+def _length(seconds: float) -> _Length:
+    return math.floor(2 * math.log2(max(seconds, _LEAST_S)))
 
 
 class StepCost:
@@ -152,9 +160,9 @@ class StepCost:
         return self._fits[kind].seconds(_TERMS[kind](step))
 
     def most_seconds(self, step: StepShape) -> float:
-        """What nine of ten steps of about its size stay below."""
+        """What nine of ten steps that were predicted to be about as long stay below."""
         kind = self._kind(step)
-        return self._fits[kind].most_seconds(_TERMS[kind](step), _size(step))
+        return self._fits[kind].most_seconds(_TERMS[kind](step))
 
     def knows(self, step: StepShape) -> bool:
         """Whether enough steps of its kind have been seen to choose by what is predicted of it."""
@@ -165,7 +173,11 @@ class StepCost:
         kind = self._kind(step)
         terms = _TERMS[kind](step)
         self._errors[self.path(step)].append(abs(self._fits[kind].seconds(terms) / seconds - 1))
-        self._fits[kind].observe(terms, _size(step), seconds)
+        for other, fit in self._fits.items():
+            if other == kind:
+                fit.observe(terms, _size(step), seconds)
+            else:
+                fit.rest()
 
     def error(self, path: Path) -> float | None:
         """Median of |predicted - taken| / taken over a path's last steps, predicted before they ran; None without any."""
@@ -206,22 +218,32 @@ class _Fit:
         self._latest: deque[Vector] = deque(maxlen=_PACE_SAMPLES)
         """The same, of the latest steps whatever their size."""
         self._pace = 1.0
-        self._excess: dict[_Size, float] = {}
-        """What nine of ten steps of a size took, over their prediction; at least 1. Sizes with enough samples."""
-        self._fitted_at: dict[_Size, int] = {}
-        """How many samples of each size there were then."""
+        self._excess: dict[_Length, float] = {}
+        """What nine of ten steps took, over their prediction, by that; at least 1. Lengths with enough samples.
+
+        Not by size: it takes the host some 25 ms to launch a step of more than 512 rows. One that is read in 15 ms waits for that,
+        and one of the same size whose decodes have long contexts does not.
+        """
+        self._predicted: set[_Length] = set()
+        """Since the last fit."""
         self.observed = 0
+        self._rested = 0
+        """Steps of other kinds since the last of this one."""
 
     def seconds(self, terms: list[float]) -> float:
         return float(self._coefficients @ terms) * self._pace
 
-    def most_seconds(self, terms: list[float], size: _Size) -> float:
-        # Of the nearest size: small steps, which wait for the host now and then, say nothing of large ones.
-        nearest = min(self._excess, key=lambda known: (abs(known - size), -known), default=None)
-        return self.seconds(terms) * (1.0 if nearest is None else self._excess[nearest])
+    def most_seconds(self, terms: list[float]) -> float:
+        # Of the nearest length: short steps, which wait for the host now and then, say nothing of long ones.
+        seconds = self.seconds(terms)
+        length = _length(seconds)
+        nearest = min(self._excess, key=lambda known: (abs(known - length), -known), default=None)
+        return seconds * (1.0 if nearest is None else self._excess[nearest])
 
     def observe(self, terms: list[float], size: _Size, seconds: float) -> None:
+        self._rested = 0
         sample = np.array(terms) / seconds
+        self._predicted.add(_length(self.seconds(terms)))
         self._keep(sample, size)
         self._latest.append(sample)
         self.observed += 1
@@ -230,6 +252,17 @@ class _Fit:
         if len(self._latest) == _PACE_SAMPLES:
             low, high = _PACE_LIMITS
             self._pace = min(max(1 / max(float(np.median(self._latest @ self._coefficients)), 1e-9), low), high)
+
+    def rest(self) -> None:
+        """A step of another kind was run."""
+        self._rested += 1
+        if self._rested % _REFIT_EVERY == 0:
+            self._pace = 1 + _KEPT * (self._pace - 1)
+            self._fade(self._excess)
+
+    def _fade(self, lengths: Iterable[_Length]) -> None:
+        for length in lengths:
+            self._excess[length] = 1 + _KEPT * (self._excess[length] - 1)
 
     def _keep(self, sample: Vector, size: _Size) -> None:
         place = self._places.get(size)
@@ -253,15 +286,18 @@ class _Fit:
             weights = np.minimum(1, _HUBER * np.median(residuals) / np.maximum(residuals, 1e-12))
         # And is all there is of those that no sample has.
         self._coefficients = np.where(pull, fitted, self._prior)
-        for size, place in self._places.items():
-            count, fitted_at = self._counts[place], self._fitted_at.get(size, 0)
-            if size in self._excess and count == fitted_at:
-                self._excess[size] = 1 + _EXCESS_KEPT * (self._excess[size] - 1)
-            elif count >= _SAMPLES_FOR_EXCESS:
-                first = place * _SAMPLES_PER_SIZE
-                least = np.quantile(self._samples[first : first + min(count, _SAMPLES_PER_SIZE)] @ fitted, 1 - _MOST)
-                self._excess[size] = max(1.0, 1 / max(float(least), 1e-3))
-            self._fitted_at[size] = count
+        self._fit_excess(samples)
+
+    def _fit_excess(self, samples: Vector) -> None:
+        of_taken = samples @ self._coefficients
+        # The first term is one, its sample one over the seconds taken.
+        lengths = np.array([_length(seconds) for seconds in of_taken / samples[:, 0]])
+        self._fade(self._excess.keys() - self._predicted)
+        for length in self._predicted:
+            alike = of_taken[lengths == length]
+            if len(alike) >= _SAMPLES_FOR_EXCESS:
+                self._excess[length] = max(1.0, 1 / max(float(np.quantile(alike, 1 - _MOST)), 1e-3))
+        self._predicted.clear()
 
 
 def _nonnegative(gram: Vector, moment: Vector) -> Vector:

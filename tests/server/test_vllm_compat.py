@@ -1,5 +1,6 @@
 """The contract with vLLM 0.32's server internals: flags, routes, error handlers. Starts no engine."""
 
+import itertools
 import json
 import os
 import signal
@@ -83,6 +84,29 @@ def test_float16_is_for_gpus(compat, tmp_path, monkeypatch):
     assert parse(compat, folder).dtype == "float16"
     assert parse(compat, folder, dtype="float16").dtype == "float16"
     assert parse(compat, folder).kv_cache_memory_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ((), (67, 2048)),
+        (("--max-num-batched-tokens", "600"), (52, 576)),
+        (("--cudagraph-capture-sizes", "1", "2"), (2, 2)),
+        (("--max-cudagraph-capture-size", "256"), None),
+        (("-cc.max_cudagraph_capture_size=256",), None),
+        (("-cc.cudagraph_capture_sizes=[4]",), None),
+        (("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'), None),
+        (("--spec-method", "ngram"), None),
+        (("--performance-mode", "interactivity"), None),
+    ],
+)
+def test_graphs_on_a_gpu_hold_prompts_too_unless_the_user_chooses(compat, folder, monkeypatch, flags, sizes):
+    assert parse(compat, folder).cudagraph_capture_sizes is None
+    monkeypatch.setattr(compat.current_platform, "is_cpu", lambda: False)
+    captured = parse(compat, folder, *flags).cudagraph_capture_sizes
+    assert (captured and (len(captured), captured[-1])) == sizes
+    # Each is at most an eighth larger than the one before, or eight rows.
+    assert all(after <= max(before * 9 / 8, before + 8) for before, after in itertools.pairwise(captured or []))
 
 
 @pytest.mark.parametrize(
