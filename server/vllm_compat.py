@@ -72,8 +72,8 @@ logger = logging.getLogger(__name__)
 # Bytes of key-value cache on a CPU unless the user says otherwise: vLLM's own default is most of the machine's memory.
 _CPU_KV_CACHE_BYTES = 1 << 30
 
-# Numbers of rows that CUDA graphs are captured for: up to 512 those of vLLM's own default, which ends there, then fewer. Launching a
-# step without one keeps the host for some 30 ms, in which an H200 could read 1500 tokens for a 7B model; replaying one, for 12:
+# Numbers of rows that CUDA graphs are captured for: up to 512 those of vLLM's own default, which ends there, then fewer. A step
+# without one keeps the host for some 30 ms, in which an H200 could read 1500 tokens for a 7B model, one with it for 12:
 # docs/results/h200-2026-11-29-batching.md.
 _GRAPH_ROWS = (1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, 1024, 64), *range(1024, 2049, 128))
 

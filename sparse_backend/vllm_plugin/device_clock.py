@@ -1,7 +1,7 @@
 """The time on the device, between two of its kernels.
 
 With asynchronous scheduling the host launches a step while the one before still runs, and learns late that a step has ended: a
-step of more rows than CUDA graphs are captured for takes it some 25 ms to launch, and seen from the host the step before took
+step of more rows than CUDA graphs are captured for takes it some 30 ms to launch, and seen from the host the step before took
 those.
 """
 

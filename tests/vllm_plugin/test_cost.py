@@ -158,6 +158,25 @@ def test_a_kind_that_was_slow_is_tried_again_though_none_of_it_is_run() -> None:
     assert cost.most_seconds(decoding) == pytest.approx(truth(decoding), rel=0.1)
 
 
+def test_prompts_by_themselves_do_not_change_what_those_beside_decodes_take() -> None:
+    generator = random.Random(0)
+    cost = model()
+
+    def observe(decodes: int, factor: float) -> StepShape:
+        tokens = generator.randint(600, 1200)
+        step = StepShape(decodes + tokens, tokens, 800 * decodes, tokens**2 // 2)
+        cost.observe(step, factor * truth(step))
+        return step
+
+    for _ in range(300):
+        observe(generator.choice([0, 150, 250]), 1.0)
+    for _ in range(30):
+        alone = observe(0, 0.75)
+    assert cost.seconds(alone) == pytest.approx(0.75 * truth(alone), rel=0.05)
+    beside = StepShape(1200, 1000, 160_000, 1000**2 // 2)
+    assert cost.seconds(beside) == pytest.approx(truth(beside), rel=0.05)
+
+
 def test_one_of_two_steps_is_allowed_to_be_late() -> None:
     generator = random.Random(0)
     planner = Planner(BatchingSettings(policy="sparse", itl_slo_ms=75), model())
