@@ -18,7 +18,6 @@ from sparse_backend.ffn.paths import Timing
 from sparse_backend.vllm_plugin.fit import Fit, Pace, Size, Vector, nonnegative
 from sparse_backend.vllm_plugin.snapshot import PATHS, Path
 
-
 _ERRORS = 256
 _STEPS_TO_KNOW = 64
 _KNEES = 64, 256  # rows from which on a dense product is limited by arithmetic more and more
