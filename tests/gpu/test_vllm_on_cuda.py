@@ -58,6 +58,8 @@ ENGINES = {
     "full decode": engine(graphs="FULL_AND_PIECEWISE"),
     # Not FULL, whose graphs hold prefill too: with FlashAttention 3 vLLM's own classes give wrong text then (docs/results).
     "full decode only": engine(graphs="FULL_DECODE_ONLY"),
+    # As the server asks for: whole prompts, and prompts beside decodes, are replayed too.
+    "prompts in graphs": engine(compilation_config={"cudagraph_capture_sizes": [*GRAPH_SIZES, 128, 256, 320, 512]}),
     "auto": engine("auto"),
     "dense": engine("dense"),
     "chunked": engine(
@@ -196,6 +198,7 @@ def test_padding_that_vllm_does_not_mark_is_counted_but_nothing_is_skipped(answe
         "piecewise",
         "full decode",
         "full decode only",
+        "prompts in graphs",
         "chunked",
         "synchronous",
         "v1",

@@ -30,14 +30,16 @@ BLOCK = 16
 MOST_TOKENS = 128
 
 
-def engine_config() -> VllmConfig:
+def engine_config(
+    max_num_batched_tokens: int = MOST_TOKENS, max_num_seqs: int = 8, max_model_len: int = 512
+) -> VllmConfig:
     """Of the demo, small limits."""
     arguments = EngineArgs(
         model=str(DEMO),
-        hf_overrides={"architectures": ["SparseLlamaForCausalLM"]},
-        max_num_batched_tokens=MOST_TOKENS,
-        max_num_seqs=8,
-        max_model_len=512,
+        hf_overrides={"architectures": ["SparseLlamaForCausalLM"], "max_position_embeddings": max_model_len},
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
         enforce_eager=True,
         enable_prefix_caching=False,
         kv_cache_memory_bytes=1 << 26,
@@ -80,7 +82,7 @@ class FakeEngine:
 
     def _start(self) -> None:
         self.counters = counters.new_counters()
-        self.row_active = torch.zeros(MOST_TOKENS, dtype=torch.int32)
+        self.row_active = torch.zeros(self.config.scheduler_config.max_num_batched_tokens, dtype=torch.int32)
         if self.counting:
             self.writer = StepRecordWriter(
                 step_records.file_of(self.config),
