@@ -72,9 +72,9 @@ logger = logging.getLogger(__name__)
 # Bytes of key-value cache on a CPU unless the user says otherwise: vLLM's own default is most of the machine's memory.
 _CPU_KV_CACHE_BYTES = 1 << 30
 
-# Numbers of rows that CUDA graphs are captured for: up to 512 those of vLLM's own default, which ends there, then fewer. A step
-# without one keeps the host for some 30 ms, in which an H200 could read 1500 tokens for a 7B model, one with it for 12:
-# docs/results/h200-2026-11-29-batching.md.
+# Numbers of rows that CUDA graphs are captured for: up to 512 those of vLLM's default, which ends there (on Blackwell at 1024),
+# then fewer. A step without one keeps the host for some 30 ms, in which an H200 reads 1500 tokens for a 7B model, one with it for
+# 13: docs/results/h200-2026-11-29-batching.md.
 _GRAPH_ROWS = (1, 2, 4, *range(8, 256, 8), *range(256, 512, 16), *range(512, 1024, 64), *range(1024, 2049, 128))
 
 # Characters of a field's name and of what is wrong with it that a client is shown.
@@ -159,7 +159,7 @@ def parse_flags(settings: Settings, checkpoint: Checkpoint) -> Namespace:
     arguments.use_tqdm_on_load = settings.log_level in ("debug", "info")
     if current_platform.is_cpu():
         _set_cpu_defaults(arguments)
-    else:
+    elif current_platform.is_cuda():
         _set_gpu_defaults(arguments)
     return cast(Namespace, arguments)
 
@@ -181,12 +181,20 @@ def _set_gpu_defaults(arguments: Namespace) -> None:
         arguments.max_cudagraph_capture_size,
         compilation.cudagraph_capture_sizes,
         compilation.max_cudagraph_capture_size,
+        # Must be among the sizes.
+        compilation.compile_sizes,
+        # vLLM's default has sizes that go with speculation; so has "interactivity".
+        arguments.speculative_config,
+        arguments.spec_method,
+        arguments.spec_model,
+        arguments.spec_tokens,
     )
-    # These two have graphs of other sizes.
-    speculative = any(option is not None for option in (arguments.speculative_config, arguments.spec_method))
-    if all(sizes is None for sizes in chosen) and not speculative and arguments.performance_mode == "balanced":
+    if all(choice is None for choice in chosen) and arguments.performance_mode != "interactivity":
+        # As vLLM's default has them: a full batch of decodes, and a full step.
+        full = (arguments.max_num_seqs, arguments.max_num_batched_tokens)
+        sizes = {*_GRAPH_ROWS, *(rows for rows in full if rows is not None and rows <= _GRAPH_ROWS[-1])}
         most = arguments.max_num_batched_tokens or _GRAPH_ROWS[-1]
-        arguments.cudagraph_capture_sizes = [rows for rows in _GRAPH_ROWS if rows <= most]
+        arguments.cudagraph_capture_sizes = sorted(rows for rows in sizes if rows <= most)
 
 
 def _set_cpu_defaults(arguments: Namespace) -> None:

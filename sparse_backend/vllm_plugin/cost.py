@@ -15,7 +15,7 @@ from typing import Literal, Self, get_args
 import numpy as np
 
 from sparse_backend.ffn.paths import Timing
-from sparse_backend.vllm_plugin.fit import Fit, Pace, Size, Vector, nonnegative
+from sparse_backend.vllm_plugin.fit import Fit, Lateness, Pace, Size, Vector, nonnegative
 from sparse_backend.vllm_plugin.snapshot import PATHS, Path
 
 _ERRORS = 256
@@ -123,6 +123,7 @@ class StepCost:
         self._fits = {kind: Fit(_prior(kind, table, scale)) for kind in get_args(_Kind)}
         self._paces = {pace: Pace() for pace in itertools.product(get_args(_Kind), (False, True))}
         """By kind, and by whether the step has nothing but prompts."""
+        self._lateness = {kind: Lateness() for kind in get_args(_Kind)}
         self._errors: dict[Path, deque[float]] = {path: deque(maxlen=_ERRORS) for path in PATHS}
 
     def path(self, step: StepShape) -> Path:
@@ -135,9 +136,8 @@ class StepCost:
         return self._fits[kind].seconds(_TERMS[kind](step)) * self._pace(step).factor
 
     def most_seconds(self, step: StepShape) -> float:
-        """What nine of ten steps that were predicted to be about as long stay below."""
-        kind = self._kind(step)
-        return self._fits[kind].most_seconds(_TERMS[kind](step)) * self._pace(step).factor
+        """What 19 of 20 steps stay below that are predicted to take about as long."""
+        return self._lateness[self._kind(step)].most(self.seconds(step))
 
     def knows(self, step: StepShape) -> bool:
         """Whether enough steps of its kind have been seen to choose by what is predicted of it."""
@@ -145,14 +145,15 @@ class StepCost:
 
     def observe(self, step: StepShape, seconds: float) -> None:
         """Learn how long a step took; it also enters the error of the predictions."""
-        kind = self._kind(step)
+        kind, predicted = self._kind(step), self.seconds(step)
         terms = _TERMS[kind](step)
-        self._errors[self.path(step)].append(abs(self.seconds(step) / seconds - 1))
-        for other, fit in self._fits.items():
+        self._errors[self.path(step)].append(abs(predicted / seconds - 1))
+        self._fits[kind].observe(terms, _size(step), seconds)
+        for other, lateness in self._lateness.items():
             if other == kind:
-                fit.observe(terms, _size(step), seconds)
+                lateness.observe(predicted, seconds)
             else:
-                fit.rest()
+                lateness.rest()
         at_this = self._pace(step)
         for pace in self._paces.values():
             if pace is at_this:

@@ -6,7 +6,7 @@ not make the fit forget the few large ones.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,16 +14,22 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.float64]
 
 _SAMPLES_PER_SIZE = 64
-_SAMPLES_FOR_EXCESS = 16
-_KEPT = 0.9  # of what was late: what is thought too long is not tried, so that it must be forgotten for it to be tried again
 _REFIT_EVERY = 32
 _REFIT_AT_FIRST = 4  # while there are few samples
 _HUBER = 2.0  # residuals beyond so many times the median one count linearly
 _HUBER_ROUNDS = 3
 _PRIOR_SAMPLES = 1.0  # what the starting point weighs, for each coefficient
+_SETTLED = (
+    64  # samples from which on one is not believed to have taken less than a quarter of its prediction: residuals are
+)
+_SHORTEST = 0.25  # relative to what was taken, so that a single such sample would outweigh all others
 _PACE_SAMPLES = 9
 _PACE_LIMITS = 0.5, 2.0
-_MOST = 0.9
+_LATENESS_SAMPLES = 16, 64  # at least, and the latest
+_LATE = 0.95
+_FORGET_EVERY = 32  # others: what is thought too long is not tried, and must be forgotten to be tried again
+_KEPT = 0.98  # where they are of the same kind and other lengths
+_KEPT_AT_REST = 0.9  # where they are of other kinds
 _LEAST_S = 1e-6
 
 Size = int
@@ -49,47 +55,20 @@ class Fit:
         """Samples of each size so far."""
         self._samples = np.empty((0, len(prior)))
         """Terms over seconds: what a perfect fit maps to 1. Rings of ``_SAMPLES_PER_SIZE``, one for each size."""
-        self._excess: dict[_Length, float] = {}
-        """What nine of ten took, over their prediction, by that; at least 1. Lengths with enough samples.
-
-        Not by size: launching a step without a CUDA graph keeps the host for some 30 ms. One that the device is done with in 15
-        waits for that, and one of the same size whose decodes have long contexts does not.
-        """
-        self._predicted: set[_Length] = set()
-        """Since the last fit."""
         self.observed = 0
-        self._rested = 0
 
     def seconds(self, terms: Sequence[float]) -> float:
         """Predicted."""
         return float(self.coefficients @ terms)
 
-    def most_seconds(self, terms: Sequence[float]) -> float:
-        """What nine of ten that are predicted to take about as long stay below."""
-        # Of the nearest length: short steps, which wait for the host now and then, say nothing of long ones.
-        seconds = self.seconds(terms)
-        length = _length(seconds)
-        nearest = min(self._excess, key=lambda known: (abs(known - length), -known), default=None)
-        return seconds * (1.0 if nearest is None else self._excess[nearest])
-
     def observe(self, terms: Sequence[float], size: Size, seconds: float) -> None:
         """Learn how long it took."""
-        self._rested = 0
-        self._predicted.add(_length(self.seconds(terms)))
+        if self.observed >= _SETTLED:
+            seconds = max(seconds, _SHORTEST * self.seconds(terms))
         self._keep(np.array(terms) / seconds, size)
         self.observed += 1
         if self.observed % (_REFIT_AT_FIRST if self.observed < _REFIT_EVERY else _REFIT_EVERY) == 0:
             self._refit()
-
-    def rest(self) -> None:
-        """Something else was run."""
-        self._rested += 1
-        if self._rested % _REFIT_EVERY == 0:
-            self._fade(self._excess)
-
-    def _fade(self, lengths: Iterable[_Length]) -> None:
-        for length in lengths:
-            self._excess[length] = 1 + _KEPT * (self._excess[length] - 1)
 
     def _keep(self, sample: Vector, size: Size) -> None:
         place = self._places.get(size)
@@ -113,18 +92,6 @@ class Fit:
             weights = np.minimum(1, _HUBER * np.median(residuals) / np.maximum(residuals, 1e-12))
         # And is all there is of those that no sample has.
         self.coefficients = np.where(pull, fitted, self._prior)
-        self._fit_excess(samples)
-
-    def _fit_excess(self, samples: Vector) -> None:
-        of_taken = samples @ self.coefficients
-        # The first term is one, its sample one over the seconds taken.
-        lengths = np.array([_length(seconds) for seconds in of_taken / samples[:, 0]])
-        self._fade(self._excess.keys() - self._predicted)
-        for length in self._predicted:
-            alike = of_taken[lengths == length]
-            if len(alike) >= _SAMPLES_FOR_EXCESS:
-                self._excess[length] = max(1.0, 1 / max(float(np.quantile(alike, 1 - _MOST)), 1e-3))
-        self._predicted.clear()
 
 
 class Pace:
@@ -147,8 +114,59 @@ class Pace:
     def rest(self) -> None:
         """Something else was run."""
         self._rested += 1
-        if self._rested % _REFIT_EVERY == 0:
-            self.factor = 1 + _KEPT * (self.factor - 1)
+        if self._rested % _FORGET_EVERY == 0:
+            self.factor = 1 + _KEPT_AT_REST * (self.factor - 1)
+
+
+class Lateness:
+    """What 19 of the latest 20 did not exceed, over what was predicted, by that.
+
+    Not by size: launching a step without a CUDA graph keeps the host for some 30 ms. One that the device is done with in 15 waits
+    for that, and one of the same size whose decodes have long contexts does not.
+    """
+
+    def __init__(self) -> None:
+        self._ratios: dict[_Length, deque[float]] = {}
+        """Taken over predicted, the latest of each length."""
+        self._factors: dict[_Length, float] = {}
+        """Of lengths with enough of them; at least 1."""
+        self._fresh: set[_Length] = set()
+        """Lengths observed since the factors were renewed."""
+        self._observed = self._rested = 0
+
+    def most(self, predicted: float) -> float:
+        """What 19 of 20 stay below that are predicted to take about as long, in seconds."""
+        length = _length(predicted)
+        # Of the nearest length: short steps, which wait for the host now and then, say nothing of long ones.
+        nearest = min(self._factors, key=lambda known: (abs(known - length), -known), default=None)
+        return predicted * (1.0 if nearest is None else self._factors[nearest])
+
+    def observe(self, predicted: float, seconds: float) -> None:
+        """Learn how long it took."""
+        self._rested = 0
+        length = _length(predicted)
+        self._ratios.setdefault(length, deque(maxlen=_LATENESS_SAMPLES[1])).append(seconds / max(predicted, _LEAST_S))
+        self._fresh.add(length)
+        self._observed += 1
+        if self._observed % _FORGET_EVERY == 0:
+            self._renew(_KEPT)
+
+    def rest(self) -> None:
+        """Something else was run."""
+        self._rested += 1
+        if self._rested % _FORGET_EVERY == 0:
+            self._fresh.clear()
+            self._renew(_KEPT_AT_REST)
+
+    def _renew(self, kept: float) -> None:
+        for length, ratios in self._ratios.items():
+            if length in self._fresh and len(ratios) >= _LATENESS_SAMPLES[0]:
+                self._factors[length] = max(1.0, float(np.quantile(ratios, _LATE)))
+            elif length in self._factors:
+                self._factors[length] = 1 + kept * (self._factors[length] - 1)
+            if length not in self._fresh and ratios:
+                ratios.popleft()
+        self._fresh.clear()
 
 
 def nonnegative(gram: Vector, moment: Vector) -> Vector:

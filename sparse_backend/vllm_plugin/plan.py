@@ -145,9 +145,9 @@ class Planner:
 
         def keeps(chunk: int) -> bool:
             expected = [self.cost.seconds(step) for step in steps(chunk)]
-            late = [self.cost.most_seconds(step) for step in steps(chunk)]
+            most = [self.cost.most_seconds(step) for step in steps(chunk)]
             # Of two steps in a row it is seldom both that are late.
-            return sum(expected) + max(map(operator.sub, late, expected)) <= limit
+            return sum(expected) + max(map(operator.sub, most, expected)) <= limit
 
         low = high = available
         # From above: where the times of small steps vary most, a larger one may keep what the least does not.

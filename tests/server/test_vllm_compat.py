@@ -22,6 +22,7 @@ from sparse_backend.checkpoint import Checkpoint
 from sparse_backend.errors import UserError
 from sparse_backend.vllm_plugin.scheduler import SparseScheduler
 from tests.checkpoints import edit_config, write_tiny_checkpoint
+from tests.vllm_plugin.simulated_card import GRAPH_SIZES
 
 
 @pytest.fixture(scope="module")
@@ -87,26 +88,49 @@ def test_float16_is_for_gpus(compat, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "sizes"),
+    ("flags", "full", "count"),
     [
-        ((), (67, 2048)),
-        (("--max-num-batched-tokens", "600"), (52, 576)),
-        (("--cudagraph-capture-sizes", "1", "2"), (2, 2)),
-        (("--max-cudagraph-capture-size", "256"), None),
-        (("-cc.max_cudagraph_capture_size=256",), None),
-        (("-cc.cudagraph_capture_sizes=[4]",), None),
-        (("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'), None),
-        (("--spec-method", "ngram"), None),
-        (("--performance-mode", "interactivity"), None),
+        ((), 2048, 67),
+        (("--max-num-batched-tokens", "600"), 600, 53),
+        (("--max-num-batched-tokens", "2k"), 2000, 67),
+        (("--max-num-batched-tokens", "8192"), 2048, 67),
+        (("--max-num-seqs", "100"), 100, 68),
+        (("--max-num-seqs", "3"), 3, 68),
+        (("--performance-mode", "throughput"), 2048, 67),
     ],
 )
-def test_graphs_on_a_gpu_hold_prompts_too_unless_the_user_chooses(compat, folder, monkeypatch, flags, sizes):
-    assert parse(compat, folder).cudagraph_capture_sizes is None
+def test_graphs_on_a_gpu_hold_prompts_too_and_full_steps(compat, folder, monkeypatch, flags, full, count):
+    assert parse(compat, folder, *flags).cudagraph_capture_sizes is None
     monkeypatch.setattr(compat.current_platform, "is_cpu", lambda: False)
-    captured = parse(compat, folder, *flags).cudagraph_capture_sizes
-    assert (captured and (len(captured), captured[-1])) == sizes
+    assert parse(compat, folder, *flags).cudagraph_capture_sizes is None
+    monkeypatch.setattr(compat.current_platform, "is_cuda", lambda: True)
+    sizes = parse(compat, folder, *flags).cudagraph_capture_sizes
+    assert full in sizes
+    assert len(sizes) == count
     # Each is at most an eighth larger than the one before, or eight rows.
-    assert all(after <= max(before * 9 / 8, before + 8) for before, after in itertools.pairwise(captured or []))
+    assert all(after <= max(before * 9 / 8, before + 8) for before, after in itertools.pairwise(sizes))
+    assert set(GRAPH_SIZES) <= {*sizes, *range(sizes[-1], 2049)}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--max-cudagraph-capture-size", "256"),
+        ("-cc.max_cudagraph_capture_size=256",),
+        ("-cc.cudagraph_capture_sizes=[4]",),
+        ("-cc.compile_sizes=[1000]",),
+        ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'),
+        ("--spec-method", "ngram"),
+        ("--spec-model", "folder"),
+        ("--spec-tokens", "2"),
+        ("--performance-mode", "interactivity"),
+    ],
+)
+def test_graphs_are_vllms_where_the_user_chooses(compat, folder, monkeypatch, flags):
+    monkeypatch.setattr(compat.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(compat.current_platform, "is_cuda", lambda: True)
+    assert parse(compat, folder, *flags).cudagraph_capture_sizes is None
+    assert parse(compat, folder, "--cudagraph-capture-sizes", "1", "2").cudagraph_capture_sizes == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,47 @@ def test_a_kind_that_was_slow_is_tried_again_though_none_of_it_is_run() -> None:
     assert cost.most_seconds(decoding) == pytest.approx(truth(decoding), rel=0.1)
 
 
+def test_lateness_of_what_is_seldom_run_is_forgotten() -> None:
+    generator = random.Random(0)
+    cost = model()
+    short, long = StepShape(700, 600, 10_000, 600**2 // 2), StepShape(700, 600, 400_000, 600**2 // 2)
+    for _ in range(1000):
+        step = generator.choice([short, long])
+        cost.observe(step, truth(step) * (3 if step is short and generator.random() < 0.2 else 1))
+    assert cost.most_seconds(short) > 2 * truth(short)
+    # From now on in time, and as seldom as what a planner avoids.
+    for _ in range(2000):
+        step = short if generator.random() < 1 / 8 else long
+        cost.observe(step, truth(step))
+    assert cost.most_seconds(short) < 1.2 * truth(short)
+
+
+def test_a_machine_that_slows_down_is_not_counted_twice() -> None:
+    generator = random.Random(0)
+    cost = model()
+
+    def observe(count: int, factor: float) -> None:
+        for step in traffic(generator, count):
+            cost.observe(step, truth(step) * factor * (1 + 0.03 * generator.gauss(0, 1)))
+
+    observe(1500, 1.0)
+    observe(400, 1.5)
+    over = [cost.most_seconds(step) / (1.5 * truth(step)) for step in traffic(generator, 200)]
+    assert sorted(over)[len(over) // 2] < 1.15
+
+
+def test_a_time_that_cannot_be_is_not_learned() -> None:
+    generator = random.Random(0)
+    cost = model()
+    for step in traffic(generator, 1000):
+        cost.observe(step, truth(step))
+    prompt = StepShape(1030, 1000, 10_000, 1000**2 // 2)
+    cost.observe(prompt, truth(prompt) / 1000)
+    for step in traffic(generator, 300):
+        cost.observe(step, truth(step))
+        assert cost.seconds(step) == pytest.approx(truth(step), rel=0.35)
+
+
 def test_prompts_by_themselves_do_not_change_what_those_beside_decodes_take() -> None:
     generator = random.Random(0)
     cost = model()
