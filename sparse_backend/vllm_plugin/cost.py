@@ -5,9 +5,8 @@ are sums of non-negative terms: a step never gets shorter by carrying more, and 
 What changes for all steps alike is followed by a factor, for prompts by themselves another than for prompts beside decodes.
 """
 
-import itertools
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
@@ -121,7 +120,7 @@ class StepCost:
         """
         self._max_sparse_rows = max_sparse_rows
         self._fits = {kind: Fit(_prior(kind, table, scale)) for kind in get_args(_Kind)}
-        self._paces = {pace: Pace() for pace in itertools.product(get_args(_Kind), (False, True))}
+        self._paces: defaultdict[tuple[_Kind, bool], Pace] = defaultdict(Pace)
         """By kind, and by whether the step has nothing but prompts."""
         self._lateness = {kind: Lateness() for kind in get_args(_Kind)}
         self._errors: dict[Path, deque[float]] = {path: deque(maxlen=_ERRORS) for path in PATHS}
@@ -137,7 +136,12 @@ class StepCost:
 
     def most_seconds(self, step: StepShape) -> float:
         """What 19 of 20 steps stay below that are predicted to take about as long."""
-        return self._lateness[self._kind(step)].most(self.seconds(step))
+        return self.times(step)[1]
+
+    def times(self, step: StepShape) -> tuple[float, float]:
+        """``seconds`` and ``most_seconds``, for the price of one."""
+        expected = self.seconds(step)
+        return expected, self._lateness[self._kind(step)].most(expected)
 
     def knows(self, step: StepShape) -> bool:
         """Whether enough steps of its kind have been seen to choose by what is predicted of it."""
@@ -145,21 +149,18 @@ class StepCost:
 
     def observe(self, step: StepShape, seconds: float) -> None:
         """Learn how long a step took; it also enters the error of the predictions."""
-        kind, predicted = self._kind(step), self.seconds(step)
+        kind, pace = self._kind(step), self._pace(step)
         terms = _TERMS[kind](step)
+        predicted = self._fits[kind].seconds(terms) * pace.factor
         self._errors[self.path(step)].append(abs(predicted / seconds - 1))
         self._fits[kind].observe(terms, _size(step), seconds)
-        for other, lateness in self._lateness.items():
-            if other == kind:
-                lateness.observe(predicted, seconds)
-            else:
-                lateness.rest()
-        at_this = self._pace(step)
-        for pace in self._paces.values():
-            if pace is at_this:
-                pace.observe(terms, seconds, self._fits[kind].coefficients)
-            else:
-                pace.rest()
+        lateness = self._lateness[kind]
+        lateness.observe(predicted, seconds)
+        pace.observe(terms, seconds, self._fits[kind].coefficients)
+        everything: list[Lateness | Pace] = [*self._lateness.values(), *self._paces.values()]
+        for other in everything:
+            if other is not lateness and other is not pace:
+                other.rest()
 
     def error(self, path: Path) -> float | None:
         """Median of |predicted - taken| / taken over a path's last steps, predicted before they ran; None without any."""

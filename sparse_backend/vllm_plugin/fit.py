@@ -19,10 +19,9 @@ _REFIT_AT_FIRST = 4  # while there are few samples
 _HUBER = 2.0  # residuals beyond so many times the median one count linearly
 _HUBER_ROUNDS = 3
 _PRIOR_SAMPLES = 1.0  # what the starting point weighs, for each coefficient
-_SETTLED = (
-    64  # samples from which on one is not believed to have taken less than a quarter of its prediction: residuals are
-)
-_SHORTEST = 0.25  # relative to what was taken, so that a single such sample would outweigh all others
+# Residuals are relative to what was taken: a single sample that took far less than predicted would outweigh all others. With so
+# many samples none is believed to have taken less than this share of its prediction.
+_SETTLED, _SHORTEST = 64, 0.25
 _PACE_SAMPLES = 9
 _PACE_LIMITS = 0.5, 2.0
 _LATENESS_SAMPLES = 16, 64  # at least, and the latest

@@ -1,7 +1,6 @@
 """What a step is to carry: how many prompt tokens, and whether decodes beside them. Plain data in and out: nothing knows vLLM."""
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -144,10 +143,9 @@ class Planner:
             return available
 
         def keeps(chunk: int) -> bool:
-            expected = [self.cost.seconds(step) for step in steps(chunk)]
-            most = [self.cost.most_seconds(step) for step in steps(chunk)]
+            times = [self.cost.times(step) for step in steps(chunk)]
             # Of two steps in a row it is seldom both that are late.
-            return sum(expected) + max(map(operator.sub, most, expected)) <= limit
+            return sum(expected for expected, _ in times) + max(most - expected for expected, most in times) <= limit
 
         low = high = available
         # From above: where the times of small steps vary most, a larger one may keep what the least does not.

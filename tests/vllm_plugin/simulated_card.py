@@ -91,6 +91,7 @@ class SimulatedCard(FakeEngine):
 
     def _step_times(self, output: SchedulerOutput) -> tuple[float, float]:
         """Seconds on the device, and for which the host is busy launching it."""
+        # Counted apart from the scheduler's own view of the step, which is what is tested.
         prompts = decodes = context = pairs = 0
         for name, tokens in output.num_scheduled_tokens.items():
             request = self.scheduler.requests[name]
