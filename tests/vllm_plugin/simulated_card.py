@@ -195,7 +195,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=35)
     parser.add_argument("--seed", default="0")
     arguments = parser.parse_args()
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    # vLLM logs to where the table goes.
+    logging.disable(logging.WARNING)
     loads = [float(load) for load in arguments.load.split(",")]
     print("| load | levers | good, % | tokens/s | TTFT p99, ms | ITL p99, ms |\n|---|---|---|---|---|---|")
     seeds = [int(seed) for seed in arguments.seed.split(",")]
