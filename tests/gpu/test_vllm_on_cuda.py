@@ -59,7 +59,9 @@ ENGINES = {
     # Not FULL, whose graphs hold prefill too: with FlashAttention 3 vLLM's own classes give wrong text then (docs/results).
     "full decode only": engine(graphs="FULL_DECODE_ONLY"),
     # As the server asks for: whole prompts, and prompts beside decodes, are replayed too.
-    "prompts in graphs": engine(compilation_config={"cudagraph_capture_sizes": [*GRAPH_SIZES, 128, 256, 320, 512]}),
+    "prompts in graphs": engine(
+        compilation_config={"cudagraph_capture_sizes": [*GRAPH_SIZES, 128, 256, 320, 512, 1024, 2048]}
+    ),
     "auto": engine("auto"),
     "dense": engine("dense"),
     "chunked": engine(
