@@ -379,6 +379,6 @@ def _line(result: Replay) -> str:
     return (
         f"{result['trace']} at {load_of(result)}, {result['policy']}: goodput {summary['goodput']:.3f}/s ({times['good']:.0%}),"
         f" {summary['tokens_s']:.0f} tokens/s, TTFT p99 {times['ttft_p99_ms']:.0f} ms,"
-        f" ITL p50 {times['itl_p50_ms']:.1f} p99 {times['itl_p99_ms']:.1f} ms, cost error"
-        f" {', '.join(f'{path} {error:.1%}' for path, error in errors.items())}"
+        f" ITL p50 {times['itl_p50_ms']:.1f} p99 {times['itl_p99_ms']:.1f} ms, {summary['merged']:.0%} of tokens merged,"
+        f" cost error {', '.join(f'{path} {error:.1%}' for path, error in errors.items())}"
     )

@@ -42,6 +42,8 @@ class Summary(TypedDict):
     """Requests per second that met the objectives."""
     tokens_s: float
     """Answered tokens per second, from the first request sent to the last answer."""
+    merged: float
+    """Share of the tokens that came with the one before, because the server was late to send that; ITL leaves them out."""
     rejected: int
     """Answered 429 or 503."""
     failed: int
@@ -58,9 +60,12 @@ def summarise(outcomes: Sequence[Outcome], objectives: Objectives) -> Summary:
     names = list(dict.fromkeys(outcome.traffic_class for outcome in outcomes))
     classes = {name: _times([o for o in outcomes if o.traffic_class == name], objectives) for name in sorted(names)}
     everything = _times(outcomes, objectives)
+    tokens = sum(outcome.tokens for outcome in outcomes)
+    events = sum(1 + len(outcome.itl_s) for outcome in outcomes if outcome.tokens)
     return {
         "goodput": everything["good"] * len(outcomes) / seconds,
-        "tokens_s": sum(outcome.tokens for outcome in outcomes) / seconds,
+        "tokens_s": tokens / seconds,
+        "merged": 1 - events / tokens if tokens else 0.0,
         "rejected": sum(outcome.status in (429, 503) for outcome in outcomes),
         "failed": sum(outcome.status not in (200, 429, 503) for outcome in outcomes),
         "fairness": _jain([times["good"] for times in classes.values()]),

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from sparse_backend.bench.trace import TraceRequest
 _TIMEOUT_S = 600.0  # for a whole answer
 _PAUSE_S = 0.2
 _EVENT = b"data: {"
-"""How each token's event begins; the last event of an answer, which says that there are no more, does not."""
+"""How each event begins; the last one of an answer, which says that there are no more, does not."""
+_USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
+_END_BYTES = 2048  # more than the event with the usage, which is the last but one
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,12 @@ class Outcome:
     sent_s: float
     """After the start of the replay."""
     status: int
-    """Of the answer; 0 if there was none."""
+    """Of the answer; 0 if there was none, or none to its end."""
     ttft_s: float | None = None
     itl_s: list[float] = field(default_factory=list)
-    """Times between tokens."""
+    """Times between tokens; those that came in one event are taken for one, since only their number is known."""
     tokens: int = 0
-    """Of the answer."""
+    """Of the answer, by its usage."""
     ended_s: float = 0.0
 
 
@@ -119,28 +122,31 @@ class Client:
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
         sent = time.perf_counter()
-        status, times = 0, []
+        status, times, end = 0, [], b""
         server = self._router.begin(request.traffic_class)
         try:
             async with http.post(f"{self._urls[server]}/v1/completions", json=body) as response:
                 status = response.status
-                rest = b""
                 async for data in response.content.iter_any():
-                    text = rest + data
-                    times.extend([time.perf_counter()] * text.count(_EVENT))
                     # An event may come in two pieces.
-                    rest = text[-len(_EVENT) + 1 :]
+                    text = end + data
+                    times.extend([time.perf_counter()] * (text.count(_EVENT) - end.count(_EVENT)))
+                    end = text[-_END_BYTES:]
         except (aiohttp.ClientError, TimeoutError):
             status = 0
         finally:
             self._router.end(server, request.traffic_class)
         ended = time.perf_counter()
-        if status != 200 or not times:
-            return Outcome(request.traffic_class, sent - start, status, ended_s=ended - start)
-        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-        return Outcome(request.traffic_class, sent - start, status, times[0] - sent, gaps, len(times), ended - start)
+        usage = _USAGE.search(end)
+        if status != 200 or usage is None:
+            whole = 0 if status == 200 else status
+            return Outcome(request.traffic_class, sent - start, whole, ended_s=ended - start)
+        # The usage has an event of its own.
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times[:-1])]
+        return Outcome(request.traffic_class, sent - start, status, times[0] - sent, gaps, int(usage[1]), ended - start)
 
 
 def metrics(url: str) -> str:

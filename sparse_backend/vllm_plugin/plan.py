@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from sparse_backend.vllm_plugin.batching import BatchingSettings
 from sparse_backend.vllm_plugin.cost import StepCost, StepShape, union_of
@@ -17,8 +18,7 @@ _TO_CLIENT = 6e-5
 _LEAST_GAIN = 1.03
 
 
-@dataclass(frozen=True)
-class Decode:
+class Decode(NamedTuple):
     """A running request whose prompt has been read."""
 
     context: int
@@ -28,8 +28,7 @@ class Decode:
     """Of the next step: the token to continue from, and drafts."""
 
 
-@dataclass(frozen=True)
-class Prefill:
+class Prefill(NamedTuple):
     """A request with prompt tokens to read."""
 
     start: int

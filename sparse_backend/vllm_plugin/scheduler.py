@@ -164,6 +164,10 @@ class SparseScheduler(AsyncScheduler):
 
     def _limit(self, now: float, *, may_hold_back: bool) -> bool:
         """Set the limit; returns whether decodes are left out."""
+        if not self.waiting and not any(request.is_prefill_chunk for request in self.running):
+            # Most steps only decode; that costs nothing to plan.
+            self.max_num_scheduled_tokens = self._vllm_tokens
+            return False
         # Decodes first: they must not be left without tokens by a prompt ahead of them.
         self.running.sort(key=lambda request: request.is_prefill_chunk)
         decodes, prefills = [], []

@@ -53,6 +53,7 @@ class _Answers(BaseHTTPRequestHandler):
             for _ in range(20):
                 self.wfile.write(b"data: {}\n\n")
                 time.sleep(0.005)
+            self.wfile.write(b'data: {"usage": {"completion_tokens": 20}}\n\n')
 
     def _begin(self) -> None:
         self.send_response(200)

@@ -34,6 +34,7 @@ def test_summary_counts_requests_tokens_and_refusals() -> None:
     summary = summarise(outcomes, Objectives(1.0, 0.05))
     assert summary["goodput"] == pytest.approx(2 / 20)
     assert summary["tokens_s"] == pytest.approx(7 / 20)
+    assert summary["merged"] == 0
     assert (summary["rejected"], summary["failed"]) == (2, 1)
     assert summary["classes"]["a"]["good"] == 0.5
     assert summary["classes"]["b"]["good"] == 0.25
@@ -41,6 +42,14 @@ def test_summary_counts_requests_tokens_and_refusals() -> None:
     assert summary["fairness"] == pytest.approx(0.9)
     assert summary["all"]["ttft_p50_ms"] == pytest.approx(200)
     assert summary["all"]["itl_p99_ms"] == pytest.approx(30)
+
+
+def test_tokens_that_came_together_are_counted_and_said() -> None:
+    in_two_events = Outcome("a", 0.0, 200, 0.1, [0.05], tokens=8, ended_s=2.0)
+    summary = summarise([in_two_events, answer("a", 0.1, [0.01], ended_s=2.0)], Objectives(None, None))
+    assert summary["tokens_s"] == pytest.approx(10 / 2)
+    assert summary["merged"] == pytest.approx(6 / 10)
+    assert summarise([Outcome("a", 0.0, 429, ended_s=1.0)], Objectives(None, None))["merged"] == 0
 
 
 def test_fairness_of_classes_that_all_went_without() -> None:

@@ -14,18 +14,37 @@ from sparse_backend.bench.trace import TraceRequest
 GAP_S = 0.05
 
 
+BREAKS_OFF = 7
+LATE = 8
+PADDING = "x" * 300  # an event of a real server is about as long
+
+
 async def app(scope, receive, send) -> None:
-    """Answers a prompt that begins with 0 with 429, others with max_tokens tokens, one every ``GAP_S``."""
+    """Answers with max_tokens tokens, one every ``GAP_S``; by how the prompt begins:
+
+    with 0, with 429; with ``BREAKS_OFF``, with an error after half of them; with ``LATE``, two tokens in an event.
+    """
     body = json.loads((await receive())["body"])
-    refused = body["prompt"][0] == 0
-    await send({"type": "http.response.start", "status": 429 if refused else 200, "headers": []})
-    for _ in range(0 if refused else body["max_tokens"]):
-        await asyncio.sleep(GAP_S)
+    first, tokens = body["prompt"][0], body["max_tokens"]
+    await send({"type": "http.response.start", "status": 429 if first == 0 else 200, "headers": []})
+
+    async def event(data: dict[str, object]) -> None:
         # In two pieces, as a busy connection may deliver it.
-        for piece in (b"dat", b'a: {"choices": []}\n\n'):
+        text = f"data: {json.dumps(data)}\n\n".encode()
+        for piece in (text[:3], text[3:]):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
             await asyncio.sleep(0.005)
-    await send({"type": "http.response.body", "body": b"" if refused else b"data: [DONE]\n\n"})
+
+    events = {0: 0, BREAKS_OFF: tokens // 2, LATE: tokens // 2}.get(first, tokens)
+    for _ in range(events):
+        await asyncio.sleep(GAP_S)
+        await event({"choices": [{"text": PADDING}]})
+    if first == BREAKS_OFF:
+        await event({"error": {"message": "out of luck"}})
+    elif first:
+        assert body["stream_options"] == {"include_usage": True}
+        await event({"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": tokens}})
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if first else b""})
 
 
 @pytest.fixture
@@ -54,6 +73,14 @@ async def test_requests_are_sent_at_their_times_and_tokens_noted_as_they_come(ur
     assert sum(first.itl_s) >= 0.9 * 3 * GAP_S
     assert (single.tokens, single.itl_s) == (1, [])
     assert (refused.status, refused.ttft_s, refused.tokens) == (429, None, 0)
+
+
+async def test_tokens_are_those_of_the_usage_and_a_broken_answer_is_none(url: str) -> None:
+    prompts = [prompt(0, 1, 20), prompt(0, LATE, 20), prompt(0, BREAKS_OFF, 6)]
+    each, late, broken = await Client([url], "m", OneServer()).replay(prompts)
+    assert (each.tokens, len(each.itl_s)) == (20, 19)
+    assert (late.tokens, len(late.itl_s), late.status) == (20, 9, 200)
+    assert (broken.tokens, broken.ttft_s, broken.status) == (0, None, 0)
 
 
 async def test_a_server_that_is_not_there_is_no_answer() -> None:

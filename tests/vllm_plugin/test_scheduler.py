@@ -127,6 +127,22 @@ def test_pieces_of_prompts_are_as_large_as_the_objective_allows(config: VllmConf
     assert max(traffic(whole, 200)[40:]) > 12
 
 
+def test_steps_that_only_decode_have_vllms_own_limit_again_and_are_not_planned(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine(config, BatchingSettings(policy="sparse", itl_slo_ms=10.8))
+    traffic(engine, 60)
+    engine.add("in pieces", 250, 1)
+    engine.step()
+    assert engine.scheduler.max_num_scheduled_tokens < MOST_TOKENS
+    while "in pieces" not in engine.finished_at:
+        engine.step()
+    monkeypatch.setattr(Planner, "plan", lambda *_, **__: pytest.fail("there is nothing to plan"))
+    engine.step()
+    assert engine.scheduler.running
+    assert engine.scheduler.max_num_scheduled_tokens == MOST_TOKENS
+
+
 def test_objectives_out_of_reach_leave_prompts_a_share(config: VllmConfig) -> None:
     engine = FakeEngine(config, BatchingSettings(policy="sparse", itl_slo_ms=0.5))
     times = traffic(engine, 300)
@@ -325,14 +341,14 @@ def test_the_planner_is_told_what_the_step_before_was(config: VllmConfig, monkey
 
     def listen(self: Planner, *args: Any, **kwargs: Any) -> StepPlan:
         assert kwargs.pop("may_hold_back")
-        told.append(kwargs)
+        told.append((len(engine.steps), kwargs))
         return plan(self, *args, may_hold_back=True, **kwargs)
 
     monkeypatch.setattr(Planner, "plan", listen)
     traffic(engine, 300)
-    assert len(told) == len(engine.steps)
     seen = set()
-    for before, kwargs in zip(engine.steps, told[1:], strict=False):
+    for steps, kwargs in told[1:]:
+        before = engine.steps[steps - 1]
         has_prompts = any(tokens > 1 for tokens in before.num_scheduled_tokens.values())
         # It is not done yet.
         held_back = "decode 0" not in before.num_scheduled_tokens
