@@ -142,8 +142,8 @@ class Client:
         ended = time.perf_counter()
         usage = _USAGE.search(end)
         if status != 200 or usage is None:
-            whole = 0 if status == 200 else status
-            return Outcome(request.traffic_class, sent - start, whole, ended_s=ended - start)
+            status = 0 if status == 200 else status
+            return Outcome(request.traffic_class, sent - start, status, ended_s=ended - start)
         # The usage has an event of its own.
         gaps = [later - earlier for earlier, later in itertools.pairwise(times[:-1])]
         return Outcome(request.traffic_class, sent - start, status, times[0] - sent, gaps, int(usage[1]), ended - start)
