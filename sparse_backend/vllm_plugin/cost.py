@@ -134,12 +134,8 @@ class StepCost:
         kind = self._kind(step)
         return self._fits[kind].seconds(_TERMS[kind](step)) * self._pace(step).factor
 
-    def most_seconds(self, step: StepShape) -> float:
-        """What 19 of 20 steps stay below that are predicted to take about as long."""
-        return self.times(step)[1]
-
     def times(self, step: StepShape) -> tuple[float, float]:
-        """``seconds`` and ``most_seconds``, for the price of one."""
+        """``seconds``, and what 19 of 20 steps stay below that are predicted to take about as long."""
         expected = self.seconds(step)
         return expected, self._lateness[self._kind(step)].most(expected)
 

@@ -346,6 +346,11 @@ def test_the_planner_is_told_what_the_step_before_was(config: VllmConfig, monkey
 
     monkeypatch.setattr(Planner, "plan", listen)
     traffic(engine, 300)
+    planned = [steps for steps, _ in told]
+    assert planned == sorted(set(planned))
+    for index, step in enumerate(engine.steps):
+        # Those that only decode need not be.
+        assert index in planned or set(step.num_scheduled_tokens.values()) == {1}
     seen = set()
     for steps, kwargs in told[1:]:
         before = engine.steps[steps - 1]
