@@ -116,6 +116,7 @@ def test_traffic_is_replayed_and_told_of(
             assert one["clients"] <= one["summary"]["all"]["requests"] <= one["clients"] * 20
     told = capsys.readouterr().out
     assert all(f"{one['clients']} clients" in told for one in report["replays"] if one["clients"])
+    assert "tokens/s | merged" in " ".join(told.split()).replace("┃", "|")
 
 
 def test_clients_without_an_answer_are_said(
