@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 from tests.e2e.conftest import DEMO
 from tests.e2e.servers import Server
@@ -76,7 +77,7 @@ async def soak(server: Server, seconds: float, interval: float) -> tuple[list[di
 def growth(samples: list[dict[str, int]], skipped: int) -> dict[str, float]:
     """Share by which each process grew, from the mean of three samples after the skipped ones to that of the last three."""
     first, last = samples[skipped : skipped + 3], samples[-3:]
-    return {name: sum(s[name] for s in last) / sum(s[name] for s in first) - 1 for name in samples[-1]}
+    return {name: fmean(s[name] for s in last) / fmean(s[name] for s in first) - 1 for name in samples[-1]}
 
 
 def main() -> int:

@@ -10,6 +10,8 @@ from tests.e2e.streams import Request
 pytestmark = pytest.mark.engine
 
 LONG = {"model": "demo", "prompt": "import ", "max_tokens": 2000, "ignore_eos": True}
+# Seconds: ten times what it takes on a quiet machine (docs/results/trust-2026-11-27.md), and less than computing it to the end.
+AT_ONCE = 5
 
 
 def requests(server: Server, count: int, **fields: object) -> list[Request]:
@@ -35,7 +37,7 @@ def test_clients_that_leave_free_what_they_had(server: Server) -> None:
 
     seconds = asyncio.run(leave())
     print(f"free after {seconds:.2f} s")
-    assert seconds <= 2
+    assert seconds <= AT_ONCE
     assert server.total("vllm:kv_cache_usage_perc") == used
 
 
@@ -59,4 +61,4 @@ def test_a_client_that_leaves_before_its_answer_frees_its_sequence_too(server: S
 
     seconds = asyncio.run(leave())
     print(f"free after {seconds:.2f} s")
-    assert seconds <= 1
+    assert seconds <= AT_ONCE

@@ -23,7 +23,7 @@ def test_a_prompt_typed_into_the_page_streams_and_shows_in_the_heat_map(server: 
         page.wait_for_function("() => document.getElementById('heatmap').ariaLabel.includes('8 layers')")
         before = picture(page)
         page.fill("#prompt", "def read_lines(path):\n")
-        page.fill("#max-tokens", "1000")
+        page.fill("#max-tokens", "1900")
         page.fill("#temperature", "0")
         page.click("#send")
         output = page.locator("#output[aria-busy=true]")

@@ -12,7 +12,7 @@ from tests.e2e.streams import Outcome, Request
 
 pytestmark = pytest.mark.engine
 
-TOKENS = 400
+TOKENS = 800
 STREAMS = 12
 
 

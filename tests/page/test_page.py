@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -14,8 +15,10 @@ pytestmark = needs_chromium
 
 
 @pytest.fixture
-def page(browser: Browser, server: ScriptedServer) -> Page:
-    return open_page(browser)
+def page(browser: Browser, server: ScriptedServer) -> Iterator[Page]:
+    page = open_page(browser)
+    yield page
+    page.close()
 
 
 def open_ready(page: Page, server: ScriptedServer) -> list[str]:

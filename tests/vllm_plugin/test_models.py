@@ -113,6 +113,7 @@ def test_nothing_is_said_where_all_layers_are_sparse(caplog):
 
 @pytest.mark.parametrize("kind", ["relu", "drelu"])
 def test_a_dense_layer_leaves_the_products_to_vllm_and_counts(kind):
+    torch.manual_seed(0)
     x = torch.randn(3, 16)
     plain = sparse_mlp(kind=kind)
     dense = sparse_mlp(reason="lora", kind=kind)
@@ -120,7 +121,8 @@ def test_a_dense_layer_leaves_the_products_to_vllm_and_counts(kind):
     y = dense(x)
     plain.make_neuron_major()
     plain.max_sparse_rows = 0
-    torch.testing.assert_close(y, plain(x))
+    # Values of some 90 in float32, summed in another order.
+    torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-3)
     assert torch.equal(dense.counters, plain.counters)
     assert dense.max_sparse_rows == 0
 

@@ -1,7 +1,7 @@
 """The order of waiting requests, without an engine."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
@@ -38,6 +38,7 @@ def at_times(gaps: list[tuple[float, int]]) -> list[tuple[float, int]]:
     return came
 
 
+@settings(deadline=None)
 @given(gaps=arrivals, most_s=st.sampled_from([0.0, 0.1, 1.0]))
 def test_only_shorter_prompts_overtake_and_only_within_the_bound(gaps: list[tuple[float, int]], most_s: float) -> None:
     came = at_times(gaps)
