@@ -27,10 +27,11 @@ def measure(server: Server, seconds: float, calm: float) -> dict[str, object]:
         calm: of each measurement of capacity.
     """
     load = Load(server.port, BODY, server.headers)
-    asyncio.run(load.clients(RUNNING, calm / 2))  # warms up
+    warm_up = asyncio.run(load.clients(RUNNING, calm))
     capacity = asyncio.run(load.clients(RUNNING, calm))
     memory = server.memory()
-    over = asyncio.run(load.rate(5 * capacity.rate, seconds))
+    # What else the machine did can only have made these smaller.
+    over = asyncio.run(load.rate(5 * max(warm_up.rate, capacity.rate), seconds))
     grown = {name: after / memory[name] - 1 for name, after in server.memory().items()}
     later = asyncio.run(load.clients(RUNNING, calm))
     return {

@@ -1,6 +1,7 @@
 """Clients that go away in the middle: what they had is free again at once."""
 
 import asyncio
+from collections.abc import Callable, Coroutine
 
 import pytest
 
@@ -10,8 +11,6 @@ from tests.e2e.streams import Request
 pytestmark = pytest.mark.engine
 
 LONG = {"model": "demo", "prompt": "import ", "max_tokens": 2000, "ignore_eos": True}
-# Seconds: ten times what it takes on a quiet machine (docs/results/trust-2026-11-27.md), and less than computing it to the end.
-AT_ONCE = 5
 
 
 def requests(server: Server, count: int, **fields: object) -> list[Request]:
@@ -20,6 +19,11 @@ def requests(server: Server, count: int, **fields: object) -> list[Request]:
 
 async def free(server: Server, *names: str) -> float:
     return await asyncio.to_thread(server.wait_until, lambda: not any(map(server.total, names)), 30, f"0 {names}")
+
+
+def better_of_two(leave: Callable[[], Coroutine[None, None, float]]) -> float:
+    """Seconds; once the machine may have had something else to do."""
+    return min(asyncio.run(leave()) for _ in range(2))
 
 
 def test_clients_that_leave_free_what_they_had(server: Server) -> None:
@@ -35,9 +39,9 @@ def test_clients_that_leave_free_what_they_had(server: Server) -> None:
         await asyncio.gather(*running)
         return await free(server, "vllm:num_requests_running", "vllm:num_requests_waiting", "sparse_requests_admitted")
 
-    seconds = asyncio.run(leave())
+    seconds = better_of_two(leave)
     print(f"free after {seconds:.2f} s")
-    assert seconds <= AT_ONCE
+    assert seconds <= 2
     assert server.total("vllm:kv_cache_usage_perc") == used
 
 
@@ -59,6 +63,6 @@ def test_a_client_that_leaves_before_its_answer_frees_its_sequence_too(server: S
         await free(server, "vllm:num_requests_running")
         return seconds
 
-    seconds = asyncio.run(leave())
+    seconds = better_of_two(leave)
     print(f"free after {seconds:.2f} s")
-    assert seconds <= AT_ONCE
+    assert seconds <= 1

@@ -15,9 +15,7 @@ def test_overload(guarded: Server) -> None:
     before = guarded.total("sparse_requests_rejected_total", reason="queue_requests")
     found = overload.measure(guarded, 6, calm=3)
     over = found["overload"]
-    # How many of each depends on what else the machine did while capacity was measured.
-    assert over["refused"] > 0
-    assert over["answered"] > 0
+    assert over["refused"] > over["answered"] > 0
     assert over["neither"] == over["refused_without_retry_after"] == 0
     assert found["afterwards"]["answered"] > 0
     assert guarded.total("sparse_requests_admitted") == guarded.total("sparse_requests_queued") == 0
